@@ -1,0 +1,100 @@
+"""Which sample stands in which slot: the endless stream, as a pure function.
+
+The stream is the concatenation of epochs; each epoch is a permutation of all samples; step t (from 0) is made of its
+positions [t B, (t + 1) B), and slot s is position t B + s. Nothing here knows a process, a worker or a pass.
+
+A process plays the same slots in every step, and should read few row groups. So slots form lanes of `bn_group`, and an
+epoch's samples are dealt lane by lane: the row groups are put in a random order, end to end; each lane takes a
+consecutive part of that line, as long as it has slots in the epoch; the part is shuffled inside windows of about
+WINDOW_ROW_GROUPS row groups.
+"""
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from lars.data.index import Index
+from lars.keyed import mix64, permutation
+
+WINDOW_ROW_GROUPS = 8
+_ROW_GROUPS, _WINDOW = 1, 2  # what a random key is for
+
+
+class Order:
+    """The ids of any stretch of the stream, at the cost of that stretch (and of one permutation of row groups an epoch)."""
+
+    def __init__(self, index: Index, seed: int, global_batch: int, bn_group: int | None) -> None:
+        self.rows, self.first_row, self.samples = index.rows, index.first_row, index.samples
+        self.seed, self.batch = seed, global_batch
+        self.lane = bn_group or math.gcd(global_batch, 32)
+        self.window = max(1.0, WINDOW_ROW_GROUPS * self.samples / len(self.rows))
+        self._line = lru_cache(2)(self._line)
+        self._shuffled = lru_cache(4 * global_batch // self.lane)(self._shuffled)
+
+    def ids(self, step: int, slots: range) -> np.ndarray:
+        """Sample ids (int64) of consecutive slots of step `step`, counted from 0."""
+        position, end = step * self.batch + slots.start, step * self.batch + slots.stop
+        pieces = []
+        while position < end:
+            epoch, slot = position // self.samples, position % self.batch
+            lane_end = position + self.lane - slot % self.lane
+            stop = min(end, lane_end, (epoch + 1) * self.samples)
+            pieces.append(self._lane_piece(epoch, slot // self.lane, position, stop - position))
+            position = stop
+        return np.concatenate(pieces)
+
+    def epoch_of(self, step: int, slots: range) -> np.ndarray:
+        """The epoch (from 0) of each of these slots."""
+        return (step * self.batch + np.arange(slots.start, slots.stop)) // self.samples
+
+    def hash(self, first: int, last: int) -> int:
+        """What the samples of steps `first` ... `last - 1` add to `samples_hash` by the pure order."""
+        slots = range(self.batch)
+        return sum(samples_hash(step, slots, self.ids(step, slots)) for step in range(first, last)) % 2**64
+
+    def _lane_piece(self, epoch: int, lane: int, position: int, count: int) -> np.ndarray:
+        start = self._dealt_before(lane, (epoch + 1) * self.samples) - self._dealt_before(lane, epoch * self.samples)
+        length = self._in_lane(lane, (epoch + 1) * self.samples) - self._in_lane(lane, epoch * self.samples)
+        offset = self._in_lane(lane, position) - self._in_lane(lane, epoch * self.samples)
+        windows = max(1, round(length / self.window))
+        pieces = []
+        while count:
+            window = ((offset + 1) * windows - 1) // length  # window w holds offsets [w length // windows, ...)
+            low, high = window * length // windows, (window + 1) * length // windows
+            take = min(count, high - offset)
+            shuffled = self._shuffled(epoch, start + low, high - low)
+            pieces.append(shuffled[offset - low : offset - low + take])
+            offset, count = offset + take, count - take
+        return np.concatenate(pieces)
+
+    def _in_lane(self, lane: int, position: int) -> int:
+        """How many positions before `position` have their slot in this lane."""
+        rest = min(max(position % self.batch - lane * self.lane, 0), self.lane)
+        return position // self.batch * self.lane + rest
+
+    def _dealt_before(self, lane: int, position: int) -> int:
+        """How many positions before `position` have their slot in an earlier lane."""
+        return position // self.batch * lane * self.lane + min(position % self.batch, lane * self.lane)
+
+    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of row groups, and where each begins in the line."""
+        groups = permutation(len(self.rows), self.seed, _ROW_GROUPS, epoch)
+        return groups, np.concatenate([[0], np.cumsum(self.rows[groups])])
+
+    def _shuffled(self, epoch: int, start: int, count: int) -> np.ndarray:
+        """The ids at [start, start + count) of the epoch's line, shuffled."""
+        groups, begins = self._line(epoch)
+        places = np.arange(start, start + count)
+        which = np.searchsorted(begins, places, side="right") - 1
+        ids = self.first_row[groups[which]] + places - begins[which]
+        return ids[permutation(count, self.seed, _WINDOW, epoch, start)]
+
+
+def samples_hash(step: int, slots: range, ids: np.ndarray) -> int:
+    """Sum of mix64(step + 1, slot, id) mod 2^64: commutes, so ranks add theirs in any order.
+
+    `step` counts from 0 as everywhere in this file; files for people number steps from 1.
+    """
+    return int(mix64(step + 1, np.arange(slots.start, slots.stop), ids).sum(dtype=np.uint64))

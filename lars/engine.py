@@ -1,0 +1,161 @@
+"""Builds what the launch file asks for, asserts that it is that, and names it."""
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from lars.config import Recipe, RecipeError, did_you_mean
+from lars.ghost_batchnorm import GhostBatchNorm2d, convert
+from lars.keyed import mix64
+from lars.optimizer import LARS
+
+_DROPOUT = 4  # what a random key is for
+
+
+def build_model(recipe: Recipe) -> tuple[nn.Module, list[GhostBatchNorm2d]]:
+    """The timm model with its first weights, drawn on the CPU from the seed, and its batch norms cut into groups.
+
+    Raises:
+        RecipeError: timm does not know the model, or the model does not take `model.kwargs`.
+    """
+    name = recipe.model.name
+    if not timm.is_model(name):
+        raise RecipeError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    kwargs = recipe.model.kwargs
+    torch.manual_seed(recipe.seed)
+    try:
+        model = timm.create_model(name, num_classes=recipe.model.num_classes, **kwargs)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RecipeError(f"model.name={name} cannot be built with model.kwargs={kwargs}: {error}") from None
+    return model, convert(model, recipe.bn_group)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> LARS:
+    """LARS, or momentum SGD as LARS with no tensor adapted, so that both have the same groups and momentum modes."""
+    keys = recipe.optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RecipeError("the model has no parameter to train")
+    common = {"lr": keys.lr, "momentum": keys.momentum, "weight_decay": keys.weight_decay, "momentum_mode": keys.momentum_mode}
+    if keys.name == "lars":
+        return LARS(trained, trust_coefficient=keys.trust_coefficient, eps=keys.eps, **common)
+    return LARS([{"params": trained, "adapt": False}], **common)
+
+
+class Engine:
+    """Forward and backward of a pass on this process's device, the same for every number of processes.
+
+    In the deterministic mode (`bitwise`) each process holds the whole model and the order-free sum exchanges the
+    gradient. Otherwise (`numeric`) DDP exchanges it during the last pass's backward, in floating point.
+    """
+
+    def __init__(self, recipe: Recipe, trackers: bool = True) -> None:
+        self.recipe = recipe
+        self.reproducibility = "bitwise" if recipe.runtime.deterministic else "numeric"
+        cpu = not torch.cuda.is_available()
+        _pin_arithmetic(recipe, cpu)
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
+            log_with=recipe.trackers if trackers else None,
+            project_dir=recipe.run_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(minutes=30)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        _assert_processes(self.accelerator)
+
+    def prepare(self, model: nn.Module, ghosts: list[GhostBatchNorm2d]) -> None:
+        """Put the model on the device, as the recipe's `runtime` keys say."""
+        runtime = self.recipe.runtime
+        self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.ghosts = ghosts
+        self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
+        if runtime.activation_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
+            model.set_grad_checkpointing()
+        self.called = torch.compile(self.model) if runtime.compile else self.model
+        self.exchanges_itself = not runtime.deterministic and self.accelerator.num_processes > 1
+        if self.exchanges_itself:
+            self.called = self.accelerator.prepare_model(self.called)
+            assert isinstance(self.called, nn.parallel.DistributedDataParallel), type(self.called)
+        self.name = "ddp" if self.exchanges_itself else "plain"
+
+    def forward(self, images: Tensor, labels: Tensor, step: int, pass_index: int) -> Tensor:
+        """The mean loss of one pass; dropout depends on (seed, step, pass) alone.
+
+        Args:
+            images: uint8 (micro_batch, 3, size, size), on any device.
+            labels: int64 (micro_batch,).
+        """
+        torch.manual_seed(int(mix64(self.recipe.seed, _DROPOUT, step, pass_index)) >> 1)
+        logits = self.logits(self.called, images)
+        return F.cross_entropy(logits, labels.to(self.device), label_smoothing=self.recipe.augment.label_smoothing)
+
+    def backward(self, loss: Tensor, passes: int, last: bool) -> None:
+        """Gradients of one of `passes` passes of this process; DDP exchanges after the last one."""
+        quiet = self.exchanges_itself and not last
+        with self.called.no_sync() if quiet else nullcontext():
+            (loss if self.reproducibility == "bitwise" else loss / passes).backward()
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """float32 (n, num_classes); pixels are normalised on the device."""
+        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return model(images).float()
+
+    def statistics(self) -> Tensor:
+        """The batch norms' sums over the last forward's groups, one float64 vector."""
+        sums = [ghost.group_sums.reshape(-1) for ghost in self.ghosts]
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def update_statistics(self, means: Tensor) -> None:
+        """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
+        parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
+        for ghost, part in zip(self.ghosts, parts):
+            ghost.update_running(*part.view(2, -1))
+
+
+def launched_processes() -> int:
+    """The process count of the launcher, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _pin_arithmetic(recipe: Recipe, cpu: bool) -> None:
+    tf32 = recipe.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if recipe.runtime.deterministic:
+        if cpu:
+            torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a memory pass per allocation
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def _assert_processes(accelerator: Accelerator) -> None:
+    """accelerate starts one process where a launch file asks for two CPU processes in the wrong words (its issue 2741)."""
+    launched = launched_processes()
+    alone = "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.num_processes != launched or alone:
+        raise RecipeError(
+            f"the launch file asked for {'several' if alone else launched} processes, accelerate has "
+            f"{accelerator.num_processes}: start with launch/cpu-2.yaml or launch/gpu.yaml"
+        )

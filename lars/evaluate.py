@@ -1,0 +1,44 @@
+"""Top-1 and top-5 of exactly the whole split, the same at any number of processes."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lars.config import Recipe
+from lars.data.index import Index
+from lars.data.loader import evaluation_batches
+from lars.engine import Engine
+from lars.reduction import OrderFreeSum
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int) -> dict[str, float]:
+    """{"loss", "top1", "top5" (per cent), "images"} over every image once.
+
+    The split is cut into chunks of `chunk` samples, the last one shorter; processes take chunks, so no sample is padded
+    or seen twice, and the chunks do not depend on the number of processes.
+
+    Raises:
+        RuntimeError: the images counted are not the split's.
+    """
+    chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
+    mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
+    total = OrderFreeSum([], passes=1, floats=1, counts=3, device=engine.device)
+    engine.model.eval()
+    for batch in evaluation_batches(index, recipe, chunk, mine):
+        labels = batch.labels.to(engine.device)
+        logits = engine.logits(engine.model, batch.images)
+        total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels)])
+    engine.model.train()
+    sums = total.finish()
+    top1, top5, images = sums.counts
+    if images != index.samples:
+        raise RuntimeError(f"evaluated {images} images, but the split has {index.samples}")
+    return {
+        "loss": float(sums.floats[0]) / images,
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "images": images,
+    }

@@ -1,0 +1,36 @@
+"""Counter-based random numbers: a pure function of integer keys, the same on every machine.
+
+A worker, a rank or a device never owns a random state here, so none can leak its number into the run. The mixer is
+SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014). It is spelled out, not taken from `numpy.random`, because
+numpy may change the streams of its generators between releases (NEP 19), and a recipe must not change with them.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def mix64(*keys: int | np.ndarray) -> np.ndarray:
+    """Hash integer keys (scalars or arrays that broadcast, taken mod 2^64) into uint64; the order of keys matters."""
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic is mod 2^64 on purpose
+        for key in keys:
+            key = np.uint64(key % 2**64) if isinstance(key, int) else np.asarray(key).astype(np.uint64)
+            state = (state ^ key) + _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * _FIRST
+            state = (state ^ (state >> np.uint64(27))) * _SECOND
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def uniform(count: int, *keys: int) -> np.ndarray:
+    """`count` float64 numbers in [0, 1), a pure function of the keys."""
+    return (mix64(*keys, np.arange(count)) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(count: int, *keys: int) -> np.ndarray:
+    """A permutation of 0 ... count - 1 (int64), a pure function of the keys."""
+    return np.argsort(mix64(*keys, np.arange(count)), kind="stable")

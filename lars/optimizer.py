@@ -1,0 +1,183 @@
+"""LARS: a rate of its own for every weight tensor (You, Gitman, Ginsburg, arXiv 1708.03888).
+
+    ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)       1 where |w| or |g| is 0
+    paper:  v <- momentum * v + rate * ratio * (g + weight_decay * w);       w <- w - v
+    torch:  v <- momentum * v + ratio * (g + weight_decay * w);              w <- w - rate * v
+
+The modes differ whenever the rate changes: in the paper the velocity remembers the rates it was built with. MLPerf's
+hyperparameters were tuned with `paper`, timm's LARS and torch.optim.SGD compute `torch`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM_MODES = ("paper", "torch")
+
+
+class ShardingError(RuntimeError):
+    """The optimizer would see slices of weights where LARS needs the norms of whole ones."""
+
+
+class LARS(torch.optim.Optimizer):
+    """LARS for any model: `LARS(model.parameters(), lr=...)` alone is right.
+
+    Tensors with at most one dimension (biases, norm scales and shifts) take plain momentum SGD without decay. A
+    parameter group that names `adapt` or `weight_decay` itself has it for all its tensors; a group that mixes
+    dimensions and leaves either open becomes two groups.
+
+    Args:
+        params: parameters or groups. `adapt=True` scales by the trust ratio, `adapt=False` is momentum SGD.
+        lr: the global rate; LARS rates are large (32 at batch 32,768), because the trust ratio is small.
+        trust_coefficient: the paper's eta.
+        eps: added to the denominator of the ratio; MLPerf uses 0.
+        momentum_mode: "paper" keeps the rate inside the velocity, "torch" outside.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ShardingError: from `step()`, if an engine has put flat slices in place of the tensors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        momentum_mode: str = "paper",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "momentum_mode": momentum_mode,
+            "adapt": None,
+        }
+        self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, split by dimension unless it says what to do with all its tensors."""
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        parts: dict[tuple[bool, float], list] = {}
+        for entry in given:
+            tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, tensor) is allowed
+            many = tensor.ndim > 1
+            adapt = many if param_group.get("adapt") is None else bool(param_group["adapt"])
+            decay = param_group.get("weight_decay", self.defaults["weight_decay"] if many else 0.0)
+            parts.setdefault((adapt, decay), []).append(entry)
+        for (adapt, decay), entries in parts.items() or [((True, 0.0), [])]:
+            group = {**param_group, "params": entries, "adapt": adapt, "weight_decay": decay}
+            super().add_param_group(group)
+            _check(self.param_groups[-1])
+            self._shapes.append([p.shape for p in self.param_groups[-1]["params"]])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; tensors without gradient are left alone. Rates are read from the groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_slices()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if any(p.grad.is_sparse for p in params):
+                raise ValueError("LARS has no rule for sparse gradients")
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            velocities = [self.state[p]["momentum_buffer"] for p in params]
+            factors = trust_ratios(params, grads, group) if group["adapt"] else None
+            fused = all(p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.stride() == g.stride()
+                        for p, g in zip(params, grads))
+            (_update_fused if fused else _update_foreach)(params, grads, velocities, factors, group)
+        return loss
+
+    def _refuse_slices(self) -> None:
+        for index, (group, shapes) in enumerate(zip(self.param_groups, self._shapes)):
+            if [p.shape for p in group["params"]] != shapes:
+                raise ShardingError(
+                    f"parameter group {index} holds other tensors than LARS was given (an engine has put its flat "
+                    "slices in their place); norms of slices are not the layers' norms. Train with plain data "
+                    "parallel or ZeRO stage 0"
+                )
+
+
+def trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """eta |w| / (|g| + beta |w| + eps) for each tensor, shape (len(params),); 1 where |w| or |g| is 0."""
+    weight_norms = torch.stack(torch._foreach_norm(params)).float()
+    grad_norms = torch.stack(torch._foreach_norm(grads)).float()
+    ratios = group["trust_coefficient"] * weight_norms
+    ratios /= grad_norms + group["weight_decay"] * weight_norms + group["eps"]
+    return torch.where((weight_norms > 0) & (grad_norms > 0), ratios, 1.0)
+
+
+def _update_fused(
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
+) -> None:
+    """One memory pass over w, g and v, with torch's fused SGD kernel.
+
+    It computes v <- momentum v + (1 - dampening)(g + decay w); w <- w - lr v, so `dampening` carries the ratio, and
+    the rate too where it belongs inside the velocity.
+    """
+    inside = group["lr"] if group["momentum_mode"] == "paper" else 1.0
+    outside = 1.0 if group["momentum_mode"] == "paper" else group["lr"]
+    if ratios is None:
+        batches = [(params, grads, velocities, 1.0)]
+    else:
+        batches = [([p], [g], [v], r) for p, g, v, r in zip(params, grads, velocities, ratios.tolist())]
+    for some_params, some_grads, some_velocities, ratio in batches:
+        torch._fused_sgd_(
+            some_params,
+            some_grads,
+            some_velocities,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=outside,
+            dampening=1.0 - inside * ratio,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+def _update_foreach(
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
+) -> None:
+    """The rule with torch's list operations: any device and dtype, ratios never leave the device."""
+    paper = group["momentum_mode"] == "paper"
+    updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+    if ratios is not None:
+        torch._foreach_mul_(updates, [r.to(u.dtype) for r, u in zip(ratios.unbind(), updates)])
+    torch._foreach_mul_(velocities, group["momentum"])
+    torch._foreach_add_(velocities, updates, alpha=group["lr"] if paper else 1.0)
+    torch._foreach_sub_(params, velocities, alpha=1.0 if paper else group["lr"])
+
+
+def _check(group: dict[str, Any]) -> None:
+    for key, low, high in (
+        ("lr", 0.0, float("inf")),
+        ("momentum", 0.0, 1.0),
+        ("weight_decay", 0.0, float("inf")),
+        ("trust_coefficient", 0.0, float("inf")),
+        ("eps", 0.0, float("inf")),
+    ):
+        value = float(group[key])
+        if not low <= value < high:
+            raise ValueError(f"{key} must lie in [{low:g}, {high:g}), not {value:g}")
+    if group["trust_coefficient"] == 0:
+        raise ValueError("trust_coefficient must be positive: with 0 no adapted tensor would ever move")
+    if group["momentum_mode"] not in MOMENTUM_MODES:
+        raise ValueError(f"momentum_mode must be one of {', '.join(MOMENTUM_MODES)}, not {group['momentum_mode']!r}")

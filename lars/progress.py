@@ -1,0 +1,49 @@
+"""Progress for people: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """Follows the steps of a run; silent on other ranks than 0."""
+
+    def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
+        self.name, self.first, self.steps, self.shown = name, step, steps, shown
+        self.started = self.last_line = time.time()
+        terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True) if terminal else None
+
+    def step(self, step: int, loss: float, lr: float, images_per_second: float) -> None:
+        if self.bar:
+            self.bar.update(1)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {images_per_second:,.0f} images/s")
+        elif self.shown and (time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)):
+            self.last_line = time.time()
+            left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
+            self._print(
+                f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {images_per_second:,.0f} images/s  {_clock(left)} left"
+            )
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self.bar:
+            self.bar.write(text)
+        elif self.shown:
+            self._print(text)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def _print(self, text: str) -> None:
+        print(f"{self.name}: {text}", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,185 @@
+"""The run folder: what a run was, how far it is, and the hashes by which a stranger checks it."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lars.config import Recipe, RecipeError
+
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
+
+
+class RunFolder:
+    """Writes `config.yaml`, `metrics.jsonl`, `ledger.jsonl` and `result.json`; on other ranks than 0 it writes nothing."""
+
+    def __init__(self, recipe: Recipe, writes: bool) -> None:
+        self.path = Path(recipe.run_dir)
+        self.writes = writes
+        self.result: dict[str, Any] = {}
+        self.first_start = time.time()
+
+    def open(self, recipe: Recipe, step: int, facts: dict[str, Any]) -> None:
+        """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`."""
+        before = read_result(self.path) if step else {}
+        self.result = {
+            "recipe": recipe.name,
+            "status": "running",
+            "heartbeat": None,
+            "top1": None,
+            "top5": None,
+            "steps": step,
+            "epochs": None,
+            "images": step * recipe.global_batch,
+            "seconds": before.get("seconds", 0.0),
+            "images_per_second": before.get("images_per_second"),
+            "weights_sha256": None,
+            "samples_hash": None,
+            **facts,
+        }
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            _cut_back(self.path / name, step)
+        self._write_result()
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append a line to metrics.jsonl; `result.json` is refreshed with evaluations and at most once a second."""
+        if kind == "eval":
+            self.result.update(top1=values["top1"], top5=values["top5"])
+        self.append("metrics.jsonl", {"kind": kind, **values})
+        if self.writes and (kind == "eval" or time.time() - (self.result["heartbeat"] or 0) > 1):
+            self._write_result()
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        if self.writes:
+            with open(self.path / name, "a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def end(self, status: str, **values: Any) -> None:
+        """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end."""
+        if self.writes and self.result:
+            self.result.update(status=status, **values)
+            self._write_result()
+
+    def _write_result(self) -> None:
+        self.result["heartbeat"] = time.time()
+        write_atomically(self.path / "result.json", json.dumps(self.result, indent=1) + "\n")
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """`result.json` of a run folder, or {} where there is none.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    file = Path(path) / "result.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{file} is damaged ({error}): remove it, the run resumes from its checkpoint") from None
+
+
+def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The JSON lines of a file, of one kind if asked."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if kind is None or line["kind"] == kind]
+
+
+def set_aside(path: Path) -> Path:
+    """Move a run folder out of the way and return its new place."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    shutil.move(path, target)
+    return target
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader or a crash sees the old or the new content, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop lines of later steps, and a last line that a crash left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def unwrapped_name(name: str) -> str:
+    """A state dict's name without the prefixes of DDP and torch.compile."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def weights_sha256(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over a state dict: names sorted; each name in UTF-8, then its contiguous little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted((unwrapped_name(name), tensor) for name, tensor in state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sources(config: Path) -> dict[str, str]:
+    """{file: SHA-256} of what decides a run besides the recipe's keys: `lars/`, `train.py`, the recipe's own folder."""
+    library, folder = Path(__file__).parent, config.resolve().parent
+    train = folder / "train.py" if (folder / "train.py").is_file() else folder.parent / "train.py"
+    files = {f"lars/{p.relative_to(library)}": p for p in library.rglob("*.py")}
+    files.update({f"recipe/{p.name}": p for p in (*folder.glob("*.py"), config)})
+    if train.is_file():
+        files["train.py"] = train
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
+
+
+def source_sha256(config: Path) -> str:
+    """One SHA-256 over `sources`."""
+    return hashlib.sha256(json.dumps(sources(config)).encode()).hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The numeric environment: where these agree, the promise of one hash holds."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "instructions": f"sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}" if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a run rests on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

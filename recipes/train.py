@@ -1,0 +1,298 @@
+"""Trains any recipe: build, set up, train, clean up. The recipe fixes the run, the launch file only its speed.
+
+    accelerate launch --config_file launch/<where>.yaml recipes/train.py --config recipes/<model>/<what>.yaml [key=value ...]
+
+`--check [--processes N]` validates recipe and data in this one process and trains nothing. Exit status: 0 finished,
+2 bad recipe or environment, 75 stopped by a signal after saving (start again to resume), anything else is a failure.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather, gather_object
+from rich.console import Console
+from rich.table import Table
+
+from lars import checkpoint, config
+from lars.batch import BatchPlan
+from lars.config import Recipe, RecipeError
+from lars.data.index import Index, build_indexes, fingerprint
+from lars.data.loader import Batch, training_batches
+from lars.data.order import Order, samples_hash
+from lars.engine import Engine, build_model, build_optimizer, launched_processes
+from lars.evaluate import evaluate
+from lars.nonfinite import first_bad_layer
+from lars.optimizer import LARS
+from lars.progress import Progress
+from lars.reduction import OrderFreeSum, StepSums
+from lars.run import RunFolder, environment, read_result, source_sha256, versions, weights_sha256
+from lars.schedule import Schedule
+from lars.signals import EXIT_STOPPED, StopRequest
+
+
+class Training:
+    """One run of a recipe on this process."""
+
+    def __init__(self, recipe: Recipe, config_file: Path, indexes: tuple[Index, Index] | None, plan: BatchPlan | None) -> None:
+        """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
+        self.recipe, self.config_file = recipe, config_file
+        self.stop = StopRequest()
+        self.engine = Engine(recipe)
+        self.rank = self.engine.rank
+        (self.train_index, self.val_index), self.plan = broadcast_object_list([indexes, plan])
+        self.folder = RunFolder(recipe, writes=self.rank == 0)
+        self.step, self.samples_hash, self.bad_images, self.seconds = 0, 0, 0, 0.0
+
+    def setup(self) -> bool:
+        """Model, optimizer, schedule, sample order, the newest checkpoint; False if the run is finished already."""
+        recipe, plan = self.recipe, self.plan
+        model, ghosts = build_model(recipe)
+        self.engine.prepare(model, ghosts)
+        self.model = self.engine.model
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.schedule = build_schedule(recipe, plan)
+        self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
+        self.fingerprint = fingerprint(self.train_index, self.val_index)
+        summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        statistics = sum(2 * ghost.num_features for ghost in ghosts)
+        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
+        self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
+        self._resume()
+        before = read_result(recipe.run_dir)
+        if before.get("status") == "finished" and before["steps"] >= self.last_step:
+            if self.rank == 0:
+                print(f"{recipe.name}: already finished after {before['steps']} steps, see {recipe.run_dir}/result.json", flush=True)
+            return False
+        self.audited, self.hash_at_audit = self.step, self.samples_hash
+        facts = {
+            "reproducibility": self.engine.reproducibility,
+            "world_size": plan.processes,
+            "engine": self.engine.name,
+            "source_sha256": source_sha256(self.config_file),
+            "data_fingerprint": self.fingerprint,
+            "versions": versions(),
+            "environment": environment(self.engine.device),
+        }
+        self.folder.open(recipe, self.step, facts)
+        if recipe.trackers:
+            self.engine.accelerator.init_trackers("logs")
+        if self.rank == 0:
+            print(f"{recipe.name}: {plan.start_up_line()} | {self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}", flush=True)
+            print_groups(self.model, self.optimizer)
+        return True
+
+    def train(self) -> int:
+        """The loop: steps, evaluations, checkpoints. Returns the exit status."""
+        recipe, plan = self.recipe, self.plan
+        evaluations = {s for s in plan.evaluation_steps() if s <= self.last_step} | {self.last_step}
+        saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps))
+        slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
+        batches = training_batches(self.order, self.train_index, recipe, slots, self.step)
+        progress = Progress(recipe.name, self.step, self.last_step, shown=self.rank == 0)
+        try:
+            while self.step < self.last_step:
+                started = time.perf_counter()
+                loss, lr, stop = self.train_step(batches, slots)
+                took = time.perf_counter() - started
+                self.seconds += took
+                self.log_step(progress, loss, lr, took)
+                if self.step in evaluations:
+                    self.audit()
+                    result = evaluate(self.engine, recipe, self.val_index, plan.micro_batch)
+                    self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
+                    self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
+                    progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+                if stop or self.step in saves or self.step == self.last_step:
+                    self.save()
+                if stop and self.step < self.last_step:
+                    self.folder.end("preempted", **self.position())
+                    progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
+                    return EXIT_STOPPED
+        finally:
+            progress.close()
+            batches.close()
+        digest = weights_sha256(self.model.state_dict())
+        if len(set(gather_object([digest]))) > 1:
+            raise RuntimeError("the processes ended with different weights")
+        self.folder.end("finished", weights_sha256=digest, **self.position())
+        progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
+        return 0
+
+    def train_step(self, batches: Iterator[Batch], slots: list[range]) -> tuple[float, float, bool]:
+        """One optimizer step; returns its mean loss, its rate and whether some process was asked to stop."""
+        consumed, bad, ids = 0, 0, []
+        for index, part in zip(self.plan.local_passes(self.rank), slots):
+            batch = next(batches)
+            loss = self.engine.forward(batch.images, batch.labels, self.step, index)
+            self.engine.backward(loss, len(slots), last=part is slots[-1])
+            self.sums.add_gradients()
+            self.sums.add_floats(torch.cat([loss.detach().double().view(1), self.engine.statistics()]))
+            consumed += samples_hash(self.step, part, batch.ids)
+            bad += batch.bad
+            ids.append(torch.from_numpy(batch.ids))
+        self.sums.add_counts([consumed, bad, self.stop.asked])
+        sums = self.sums.finish()
+        if sums.bad_gradients or sums.bad_floats:
+            self.explain_nonfinite(sums, slots)
+        self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
+        lr = self.schedule.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
+        self.bad_images += sums.counts[1]
+        if self.bad_images > self.recipe.data.max_bad_fraction * self.step * self.plan.global_batch:
+            raise RuntimeError(f"{self.bad_images} images could not be decoded, more than data.max_bad_fraction allows")
+        if self.recipe.ledger:
+            everywhere = gather(torch.cat(ids).to(self.engine.device)).tolist()
+            self.folder.append("ledger.jsonl", {"step": self.step, "ids": everywhere})
+        return float(sums.floats[0]) / self.plan.passes, lr, sums.counts[2] > 0
+
+    def explain_nonfinite(self, sums: StepSums, slots: list[range]) -> None:
+        """Play the unfinished step again to find where it went wrong, and stop the run there."""
+        found = None
+        again = training_batches(self.order, self.train_index, self.recipe, slots, self.step)
+        for index, batch in zip(self.plan.local_passes(self.rank), again):
+            forward = lambda: self.engine.forward(batch.images, batch.labels, self.step, index)  # noqa: E731
+            found = found or first_bad_layer(self.model, forward)
+        again.close()
+        where = [f for f in gather_object([found]) if f] + [f"gradient of {name}" for name in reversed(sums.bad_gradients)] + ["loss"]
+        raise FloatingPointError(
+            f"step {self.step + 1}: not finite or beyond range, first in {where[0]}; the checkpoint of the last good step stays. "
+            "A lower optimizer.lr or a longer schedule.warmup_epochs is the usual remedy"
+        )
+
+    def audit(self) -> None:
+        """What the ranks consumed since the last audit must be what the pure order says."""
+        expected = (self.hash_at_audit + self.order.hash(self.audited, self.step)) % 2**64
+        if self.samples_hash != expected:
+            raise RuntimeError(f"the samples consumed up to step {self.step} are not those of the order: {self.samples_hash:016x}, not {expected:016x}")
+        self.audited, self.hash_at_audit = self.step, self.samples_hash
+
+    def save(self) -> None:
+        """Write a checkpoint (rank 0; all ranks hold the same tensors)."""
+        if self.rank == 0:
+            state = checkpoint.State(
+                self.step, self.samples_hash, self.bad_images, self.seconds, self.fingerprint, config.trajectory(self.recipe)
+            )
+            checkpoint.save(self.folder.path, state, self.model, self.optimizer, self.recipe.checkpoint.keep)
+
+    def log_step(self, progress: Progress, loss: float, lr: float, took: float) -> None:
+        rate = self.plan.global_batch / took
+        values = {"step": self.step, "epoch": self.epoch, "loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
+        self.folder.result.update(self.position())
+        self.folder.log("train", **values, images_per_second=round(rate, 1))
+        self.track({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate})
+        progress.step(self.step, loss, lr, rate)
+
+    def track(self, values: dict[str, float]) -> None:
+        if self.recipe.trackers:
+            self.engine.accelerator.log(values, step=self.step)
+
+    def position(self) -> dict[str, object]:
+        """Where the run stands, as `result.json` tells it."""
+        images = self.step * self.plan.global_batch
+        return {
+            "steps": self.step,
+            "epochs": self.epoch,
+            "images": images,
+            "seconds": round(self.seconds, 2),
+            "images_per_second": round(images / self.seconds, 1),
+            "samples_hash": f"{self.samples_hash:016x}",
+        }
+
+    @property
+    def epoch(self) -> float:
+        return round(self.step * self.plan.global_batch / self.plan.samples, 4)
+
+    def cleanup(self) -> None:
+        """End the trackers and the process group; a process that leaves its group open can abort at exit."""
+        self.engine.accelerator.end_training()
+
+    def _resume(self) -> None:
+        saved = checkpoint.saved(self.folder.path)
+        if not saved:
+            return
+        state = checkpoint.read_state(saved[-1])
+        checkpoint.check_same_run(state, self.recipe, self.fingerprint)
+        checkpoint.load(saved[-1], self.model, self.optimizer)
+        self.step, self.samples_hash = state.step, state.samples_hash
+        self.bad_images, self.seconds = state.bad_images, state.seconds
+        if self.rank == 0:
+            print(f"{self.recipe.name}: resuming after step {self.step} from {saved[-1]}", flush=True)
+
+
+def build_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
+    """Epochs to steps: warm-up ends after warmup_epochs * N / B steps, decay after decay_steps or with the run."""
+    keys = recipe.schedule
+    warmup = keys.warmup_epochs * plan.samples / plan.global_batch
+    decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0)
+    return Schedule(
+        recipe.optimizer.lr, keys.warmup_lr, warmup, keys.warmup_power, keys.decay_from, decay, keys.power, keys.end_lr
+    )
+
+
+def print_groups(model: torch.nn.Module, optimizer: LARS) -> None:
+    """Which rule each tensor follows, found by dimension."""
+    names = {p: name for name, p in model.named_parameters()}
+    table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
+    for group in optimizer.param_groups:
+        members = group["params"]
+        rule = "LARS" if group["adapt"] else "momentum SGD"
+        count = f"{sum(p.numel() for p in members):,}"
+        table.add_row(rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]])
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def check(recipe: Recipe, processes: int) -> tuple[tuple[Index, Index], BatchPlan]:
+    """Everything that can be wrong before the first step: batch arithmetic, data, model."""
+    indexes = build_indexes(recipe.data, recipe.model.num_classes)
+    plan = BatchPlan.of(recipe, indexes[0].samples, processes)
+    build_optimizer(recipe, build_model(recipe)[0])
+    return indexes, plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the recipe")
+    parser.add_argument("--check", action="store_true", help="validate recipe and data, train nothing")
+    parser.add_argument("--processes", type=int, help="with --check: the process count to check for")
+    parser.add_argument("overrides", nargs="*", help="key=value", metavar="key=value")
+    args = parser.parse_args(arguments)
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    training = None
+    try:
+        recipe = config.load(args.config, args.overrides)
+        config.import_model_file(args.config.parent)
+        processes = args.processes or launched_processes()
+        indexes, plan = check(recipe, processes) if first or args.check else (None, None)
+        if args.check:
+            print(f"{recipe.name}: {plan.start_up_line()}")
+            return 0
+        training = Training(recipe, args.config, indexes, plan)
+        return training.train() if training.setup() else 0
+    except RecipeError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except BaseException as error:
+        if training is not None:
+            training.folder.end("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if training is not None:
+            training.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
