@@ -62,13 +62,14 @@ class Engine:
         self.reproducibility = "bitwise" if recipe.runtime.deterministic else "numeric"
         cpu = not torch.cuda.is_available()
         _pin_arithmetic(recipe, cpu)
+        backend = None if "WORLD_SIZE" not in os.environ else "gloo" if cpu else "nccl"  # named, or accelerate finds none
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
             log_with=recipe.trackers if trackers else None,
             project_dir=recipe.run_dir,
             kwargs_handlers=[
-                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(minutes=30)),
+                InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30)),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
