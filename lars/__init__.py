@@ -6,17 +6,21 @@ from lars.optimizer import LARS, ShardingError
 
 __all__ = ["LARS", "ShardingError"]
 
-try:
-    from timm.optim._optim_factory import OptimInfo, default_registry
-except ImportError:
-    pass
-else:
-    default_registry.register(
-        OptimInfo(
-            name="exact_lars",
-            opt_class=LARS,
-            description="LARS as in arXiv 1708.03888, exact under sharded engines",
-            has_eps=True,
-            has_momentum=True,
-        )
-    )
+
+def _register_with_timm() -> None:
+    try:
+        from timm.optim._optim_factory import OptimInfo, default_registry
+    except ImportError:
+        return
+    for name in ("exact_lars", "exactlars"):
+        default_registry.register(OptimInfo(name, LARS, "LARS as in arXiv 1708.03888", has_eps=True, has_momentum=True))
+    build = default_registry.create_optimizer
+
+    def create_optimizer(model_or_params, opt, *args, **kwargs):
+        # timm looks up only what follows the last underscore: "exact_lars" would silently be its own "lars".
+        return build(model_or_params, opt.lower().replace("exact_lars", "exactlars"), *args, **kwargs)
+
+    default_registry.create_optimizer = create_optimizer
+
+
+_register_with_timm()

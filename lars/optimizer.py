@@ -100,9 +100,8 @@ class LARS(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             velocities = [self.state[p]["momentum_buffer"] for p in params]
             factors = trust_ratios(params, grads, group) if group["adapt"] else None
-            fused = all(p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.stride() == g.stride()
-                        for p, g in zip(params, grads))
-            (_update_fused if fused else _update_foreach)(params, grads, velocities, factors, group)
+            update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
+            update(params, grads, velocities, factors, group)
         return loss
 
     def _refuse_slices(self) -> None:
@@ -122,6 +121,14 @@ def trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any
     ratios = group["trust_coefficient"] * weight_norms
     ratios /= grad_norms + group["weight_decay"] * weight_norms + group["eps"]
     return torch.where((weight_norms > 0) & (grad_norms > 0), ratios, 1.0)
+
+
+def _fused_kernel_fits(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> bool:
+    """torch's kernel walks memory without looking at strides, and has no velocity at momentum 0."""
+    return group["momentum"] > 0 and all(
+        p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.stride() == g.stride()
+        for p, g in zip(params, grads)
+    )
 
 
 def _update_fused(

@@ -27,9 +27,8 @@ class RunFolder:
         self.path = Path(recipe.run_dir)
         self.writes = writes
         self.result: dict[str, Any] = {}
-        self.first_start = time.time()
 
-    def open(self, recipe: Recipe, step: int, facts: dict[str, Any]) -> None:
+    def open(self, recipe: Recipe, config_file: Path, step: int, facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`."""
         before = read_result(self.path) if step else {}
         self.result = {
@@ -45,12 +44,15 @@ class RunFolder:
             "images_per_second": before.get("images_per_second"),
             "weights_sha256": None,
             "samples_hash": None,
+            "source_sha256": source_sha256(config_file),
+            "versions": versions(),
             **facts,
         }
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+        (self.path / "sources.json").write_text(json.dumps(sources(config_file), indent=1) + "\n")
         for name in ("metrics.jsonl", "ledger.jsonl"):
             _cut_back(self.path / name, step)
         self._write_result()

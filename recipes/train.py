@@ -32,7 +32,7 @@ from lars.nonfinite import first_bad_layer
 from lars.optimizer import LARS
 from lars.progress import Progress
 from lars.reduction import OrderFreeSum, StepSums
-from lars.run import RunFolder, environment, read_result, source_sha256, versions, weights_sha256
+from lars.run import RunFolder, environment, read_result, weights_sha256
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
 
@@ -75,12 +75,10 @@ class Training:
             "reproducibility": self.engine.reproducibility,
             "world_size": plan.processes,
             "engine": self.engine.name,
-            "source_sha256": source_sha256(self.config_file),
             "data_fingerprint": self.fingerprint,
-            "versions": versions(),
             "environment": environment(self.engine.device),
         }
-        self.folder.open(recipe, self.step, facts)
+        self.folder.open(recipe, self.config_file, self.step, facts)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:

@@ -1,0 +1,37 @@
+# Every target takes PYTHON= (use that environment, create nothing). Training targets also take
+# LAUNCH=cpu-2 NPROC=2 DATA=folder-or-Hub-id ARGS='key=value ...' FRESH=1 (start over).
+PYTHON ?= .venv/bin/python
+SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
+REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
+            $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
+
+.PHONY: help setup reproduce-demo prove test test-long bench
+help:  ## this list
+	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
+
+setup: $(SETUP)  ## make .venv with the exact versions of requirements.txt
+
+.venv/ready: requirements.txt pyproject.toml
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+reproduce-demo: $(SETUP)  ## train both demo recipes on this machine, judge them, prove one run at any number of processes
+	$(REPRODUCE) recipes/demo/alexnet.yaml recipes/demo/resnet50.yaml $(ARGS)
+	$(PYTHON) -m lars.prove recipes/demo/resnet50.yaml
+
+reproduce-%: $(SETUP)  ## train recipes/<model>/<what>.yaml, as in reproduce-resnet50-lars-b32k-90ep
+	$(REPRODUCE) recipes/$(firstword $(subst -, ,$*))/$(patsubst $(firstword $(subst -, ,$*))-%,%,$*).yaml $(ARGS)
+
+prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and resumed: one hash
+	$(PYTHON) -m lars.prove recipes/demo/resnet50.yaml
+
+test: $(SETUP)  ## what CI runs
+	$(PYTHON) -m pytest -m "not long"
+
+test-long: $(SETUP)  ## tests that do not fit into `make test`
+	$(PYTHON) -m pytest -m long
+
+bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run
+	$(PYTHON) -m tests.benchmarks.reduction --json

@@ -1,0 +1,115 @@
+"""`python -m lars.reproduce RECIPE... [key=value ...]`: check, train or resume, and judge. What `make reproduce-*` calls.
+
+A finished run of the same sources is kept; one of other sources is set aside and trained anew. An unfinished run
+resumes, with a warning if sources changed; but one that failed because its numbers were not finite is set aside too
+when they changed, since resuming would go on from weights that the old sources spoiled.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from lars import config
+from lars.config import RecipeError
+from lars.report import report
+from lars.run import read_result, set_aside, sources
+
+
+def launch_file(name: str | None) -> Path:
+    """The accelerate file called `name` in launch/; without a name all visible GPUs, else two CPU processes.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    name = name or ("gpu" if torch.cuda.is_available() else "cpu-2")
+    file = Path(name) if name.endswith(".yaml") else Path("launch") / f"{name}.yaml"
+    if not file.is_file():
+        raise RecipeError(f"no launch file {file}: there are {', '.join(sorted(p.stem for p in Path('launch').glob('*.yaml')))}")
+    return file
+
+
+def processes_of(file: Path, asked: int | None) -> int:
+    """The process count: what was asked, else all GPUs for gpu.yaml, else the file's own."""
+    if asked is None and file.stem == "gpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return asked or yaml.safe_load(file.read_text())["num_processes"]
+
+
+def launch_command(file: Path, processes: int, recipe: Path, overrides: list[str]) -> list[str]:
+    """The full `accelerate launch` line."""
+    launcher = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
+    return [*launcher, "recipes/train.py", "--config", str(recipe), *overrides]
+
+
+def start(command: list[str], **kwargs) -> subprocess.Popen:
+    """Start an `accelerate ...` line with the accelerate of this Python, on the PATH or not."""
+    python = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    return subprocess.Popen([*python, *command[1:]], env={**os.environ, "PYTHONUNBUFFERED": "1"}, **kwargs)
+
+
+def prepare_folder(run: Path, recipe: Path, fresh: bool, say: callable) -> None:
+    """Decide what becomes of an earlier run in `run` before the recipe is started there."""
+    before = read_result(run)
+    now = sources(recipe)
+    file = run / "sources.json"
+    then = json.loads(file.read_text()) if file.is_file() else {}
+    changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name)) if before else []
+    spoiled = before.get("status") == "finished" or str(before.get("error", "")).startswith("FloatingPointError")
+    if before and (fresh or changed and spoiled):
+        why = "FRESH=1" if fresh else f"changed since: {', '.join(changed)}"
+        say(f"{run}: earlier run set aside as {set_aside(run)} ({why})")
+    elif changed:
+        say(f"warning: {run} is unfinished and resumes with changed sources: {', '.join(changed)} (FRESH=1 starts over)")
+
+
+def reproduce(recipe: Path, launch: Path, processes: int, overrides: list[str], fresh: bool, say: callable) -> Path:
+    """Train one recipe to its end and return its run folder.
+
+    Raises:
+        RecipeError: the recipe or its data cannot be trained; train.py has said why.
+    """
+    check = [sys.executable, "recipes/train.py", "--config", str(recipe), "--check", "--processes", str(processes), *overrides]
+    if subprocess.run(check).returncode:
+        raise RecipeError(f"{recipe} was not started")
+    run = Path(config.load(recipe, overrides).run_dir)
+    prepare_folder(run, recipe, fresh, say)
+    command = launch_command(launch, processes, recipe, overrides)
+    say(shlex.join(command))
+    start(command).wait()
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE | key=value")
+    parser.add_argument("--launch", default=None, help="a file of launch/, by name")
+    parser.add_argument("--nproc", type=int, default=None)
+    parser.add_argument("--data", default=None, help="data.path")
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
+    recipes = [Path(r) for r in args.recipes if "=" not in r]
+    overrides = [r for r in args.recipes if "=" in r] + ([f"data.path={args.data}"] if args.data else [])
+    try:
+        file = launch_file(args.launch)
+        processes = processes_of(file, args.nproc)
+        runs = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    shared = Path(os.path.commonpath([run.parent for run in runs]))
+    return 0 if report(runs, shared / "curves.png", console) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

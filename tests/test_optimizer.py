@@ -1,0 +1,189 @@
+"""LARS against the paper's equations in float64 and against another author's implementation."""
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import pytorch_optimizer
+import torch
+from torch import nn
+
+from lars import LARS, ShardingError
+from lars.optimizer import _update_foreach
+
+RATES = (0.5, 2.0, 8.0, 8.0, 4.0, 0.1)  # a rate that changes: the two momentum modes part
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 7)).train()
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 3 - 2)
+
+
+def reference_step(weights, velocities, grads, lr, m, decay, eta, eps, mode) -> None:
+    """The paper's equations, tensor by tensor, in float64."""
+    for i, (w, g) in enumerate(zip(weights, grads)):
+        w, g = w.double(), g.double()
+        ratio, beta = 1.0, 0.0
+        if w.ndim > 1:
+            beta = decay
+            if w.norm() > 0 and g.norm() > 0:
+                ratio = eta * w.norm() / (g.norm() + beta * w.norm() + eps)
+        inside, outside = (lr, 1.0) if mode == "paper" else (1.0, lr)
+        velocities[i] = m * velocities[i] + inside * ratio * (g + beta * w)
+        weights[i] = w - outside * velocities[i]
+
+
+@pytest.mark.parametrize("mode", ["paper", "torch"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_follows_the_papers_equations_in_float64(mode: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if foreach:  # the path that GPUs take
+        monkeypatch.setattr("lars.optimizer._update_fused", _update_foreach)
+    model = network()
+    optimizer = LARS(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-3, trust_coefficient=0.02, eps=1e-3, momentum_mode=mode)
+    weights = [p.detach().double() for p in model.parameters()]
+    velocities = [torch.zeros_like(w) for w in weights]
+    for step, lr in enumerate(RATES):
+        gradients(model, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        reference_step(weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode)
+    for p, w in zip(model.parameters(), weights):
+        # float32 keeps 2^-24 of a number; six updates of a few operations each stay within 64 units
+        torch.testing.assert_close(p.double(), w, rtol=64 * 2**-24, atol=64 * 2**-24 * float(w.abs().max()))
+
+
+def test_modes_differ_when_the_rate_changes() -> None:
+    ends = []
+    for mode in ("paper", "torch"):
+        model = network()
+        optimizer = LARS(model.parameters(), lr=1.0, momentum_mode=mode)
+        for step, lr in enumerate(RATES):
+            gradients(model, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        ends.append(model[0].weight.detach().clone())
+    assert (ends[0] - ends[1]).norm() > 0.01 * ends[0].norm()
+
+
+def test_agrees_with_pytorch_optimizer() -> None:
+    ours, theirs = network(), network()
+    a = LARS(ours.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.01, momentum_mode="torch")
+    b = pytorch_optimizer.LARS(theirs.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.01)
+    for step, lr in enumerate(RATES):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            gradients(model, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_without_adaptation_it_is_torchs_sgd() -> None:
+    ours, theirs = network(), network()
+    a = LARS([{"params": ours.parameters(), "adapt": False, "weight_decay": 1e-3}], lr=0.1, momentum=0.9, momentum_mode="torch")
+    b = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for step in range(5):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            gradients(model, step)
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_ratio_is_one_where_a_norm_is_zero(zero: str) -> None:
+    p = nn.Parameter(torch.zeros(3, 4) if zero == "weight" else torch.ones(3, 4))
+    p.grad = torch.ones(3, 4) if zero == "weight" else torch.zeros(3, 4)
+    before = p.detach().clone()
+    LARS([p], lr=0.5, momentum=0.0, weight_decay=0.1).step()
+    torch.testing.assert_close(p.detach(), before - 0.5 * (p.grad + 0.1 * before))
+
+
+def test_groups_follow_dimension_and_may_say_otherwise() -> None:
+    model = network()
+    optimizer = LARS(model.parameters(), lr=1.0, weight_decay=0.1)
+    told = [(g["adapt"], g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups]
+    assert told == [(True, 0.1, [4, 2]), (False, 0.0, [1, 1, 1, 1])]
+    everything = LARS([{"params": model.parameters(), "adapt": True, "weight_decay": 0.2}], lr=1.0)
+    assert [(g["adapt"], g["weight_decay"], len(g["params"])) for g in everything.param_groups] == [(True, 0.2, 6)]
+
+
+def test_a_parameter_without_gradient_is_left_alone() -> None:
+    p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    LARS([p, q], lr=1.0, weight_decay=0.1).step()
+    assert torch.equal(q, torch.ones(2, 2)) and not torch.equal(p, torch.ones(2, 2))
+
+
+def test_state_dict_round_trip() -> None:
+    model = network()
+    optimizer = LARS(model.parameters(), lr=1.0, weight_decay=0.1)
+    gradients(model, 0)
+    optimizer.step()
+    other_model = copy.deepcopy(model)
+    other = LARS(other_model.parameters(), lr=3.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other_model, other)):
+        gradients(m, 1)
+        o.step()
+    for p, q in zip(model.parameters(), other_model.parameters()):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -0.1}, {"trust_coefficient": 0.0}, {"eps": -1.0}, {"momentum_mode": "nesterov"}],
+)
+def test_bad_arguments_raise(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LARS([nn.Parameter(torch.ones(2, 2))], **{"lr": 1.0, **wrong})
+
+
+def test_flat_slices_raise_instead_of_training_wrongly() -> None:
+    model = network()
+    optimizer = LARS(model.parameters(), lr=1.0)
+    # what DeepSpeed's ZeRO does: one flat fp32 partition in place of a group's tensors
+    flat = torch.cat([p.detach().reshape(-1) for p in optimizer.param_groups[0]["params"]])[:100].requires_grad_()
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    before = flat.detach().clone()
+    with pytest.raises(ShardingError, match="flat slices"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+
+
+def test_registered_in_timms_factory() -> None:
+    import timm.optim
+
+    import lars  # noqa: F401
+
+    optimizer = timm.optim.create_optimizer_v2(network(), "exact_lars", lr=1.0, weight_decay=0.1, momentum=0.8)
+    assert isinstance(optimizer, LARS)
+    assert {(g["weight_decay"], g["adapt"]) for g in optimizer.param_groups} == {(0.1, True), (0.0, False)}
+    assert not isinstance(timm.optim.create_optimizer_v2(network(), "lars", lr=1.0), LARS)
+
+
+def test_import_needs_torch_and_timm_only() -> None:
+    code = (
+        "import sys, importlib.abc\n"
+        "class No(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {blocked}: raise ImportError(name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "import lars\n"
+        "print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'accelerate', 'deepspeed', 'datasets', 'omegaconf', 'pyarrow', 'timm'}}))"
+    )
+    for blocked, loaded in (("{'timm'}", "[]"), ("{'none'}", "['timm']")):
+        done = subprocess.run([sys.executable, "-c", code.format(blocked=blocked)], capture_output=True, text=True)
+        assert done.stdout.strip() == loaded, done.stderr

@@ -1,0 +1,101 @@
+"""The order-free sum: one result for every order, as near to float64 as float32 can be, and nothing wraps around."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lars.reduction import RANGE_BITS, OrderFreeSum
+
+PASSES = 12
+
+
+def passes(scale: float = 1e-3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.randint(-4, 1, (1000,), generator=generator)
+    return [torch.randn(1000, generator=generator) * sizes * scale for _ in range(PASSES)]
+
+
+def summed(gradients: list[torch.Tensor]) -> torch.Tensor:
+    p = nn.Parameter(torch.zeros(1000))
+    total = OrderFreeSum([("p", p)], PASSES, floats=0, counts=0, device=p.device)
+    for g in gradients:
+        p.grad = g.clone()
+        total.add_gradients()
+    assert not total.finish().bad_gradients
+    return p.grad.clone()
+
+
+def test_any_order_gives_the_same_bits_where_floats_do_not() -> None:
+    forward, backward = passes(), passes()[::-1]
+    assert torch.equal(summed(forward), summed(backward))
+    assert not torch.equal(sum(forward), sum(backward))
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0, 100.0])
+def test_no_further_from_float64_than_float32_accumulation(scale: float) -> None:
+    gradients = passes(scale)
+    exact = torch.stack(gradients).double().mean(0)
+    plain = torch.zeros(1000)
+    for g in gradients:
+        plain += g / PASSES
+    ours, theirs = (summed(gradients) - exact).norm(), (plain - exact).norm()
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2.0**RANGE_BITS, -1e30])
+def test_what_is_out_of_range_is_named_and_enters_no_step(bad: float) -> None:
+    p, q = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
+    total = OrderFreeSum([("first", p), ("second", q)], 2, floats=1, counts=0, device=p.device)
+    for value in (0.0, bad):
+        p.grad, q.grad = torch.ones(10), torch.full((10,), value)
+        total.add_gradients()
+        total.add_floats(torch.tensor([value if abs(value) != 2.0**RANGE_BITS else 0.0]))
+    sums = total.finish()
+    assert sums.bad_gradients == ["second"]
+    assert sums.bad_floats == (0 if abs(bad) == 2.0**RANGE_BITS else 1)
+    assert p.grad is None and q.grad is None
+
+
+def test_the_largest_gradients_do_not_wrap_around() -> None:
+    p = nn.Parameter(torch.zeros(10))
+    total = OrderFreeSum([("p", p)], PASSES, floats=0, counts=0, device=p.device)
+    largest = 2.0**RANGE_BITS * (1 - 2**-24)
+    for _ in range(PASSES):
+        p.grad = torch.full((10,), largest)
+        total.add_gradients()
+    assert total.finish().bad_gradients == []
+    assert torch.equal(p.grad, torch.full((10,), largest))
+
+
+def test_a_parameter_nobody_had_a_gradient_for_stays_without() -> None:
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    total = OrderFreeSum([("p", p), ("q", q)], 2, floats=0, counts=0, device=p.device)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        total.add_gradients()
+    total.finish()
+    assert torch.equal(p.grad, torch.ones(3)) and q.grad is None
+
+
+def test_statistics_and_counts_ride_along() -> None:
+    total = OrderFreeSum([], 1, floats=3, counts=2, device=torch.device("cpu"))
+    values = torch.tensor([1e-9, 1.1e6, -7.3], dtype=torch.float64)
+    for _ in range(3):
+        total.add_floats(values)
+        total.add_counts([2**64 - 1, 5])
+    sums = total.finish()
+    torch.testing.assert_close(sums.floats, 3 * values, rtol=0, atol=3 * 2.0**-49 + 1e-9)
+    assert abs(float(sums.floats[0]) - 3e-9) <= 3 * 2.0**-49
+    assert sums.counts == [2**64 - 3, 15]
+
+
+def test_channels_last_parameters_get_gradients_in_their_own_layout() -> None:
+    p = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    g = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    total = OrderFreeSum([("p", p)], 1, floats=0, counts=0, device=p.device)
+    p.grad = g.clone()
+    total.add_gradients()
+    total.finish()
+    assert p.grad.stride() == p.stride()
+    torch.testing.assert_close(p.grad, g)
