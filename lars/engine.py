@@ -57,7 +57,7 @@ class Engine:
     gradient. Otherwise (`numeric`) DDP exchanges it during the last pass's backward, in floating point.
     """
 
-    def __init__(self, recipe: Recipe, trackers: bool = True) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.reproducibility = "bitwise" if recipe.runtime.deterministic else "numeric"
         cpu = not torch.cuda.is_available()
@@ -66,7 +66,7 @@ class Engine:
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
-            log_with=recipe.trackers if trackers else None,
+            log_with=recipe.trackers or None,
             project_dir=recipe.run_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30)),

@@ -26,8 +26,8 @@ def mix64(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniform(count: int, *keys: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1), a pure function of the keys."""
+def uniform(count: int, *keys: int | np.ndarray) -> np.ndarray:
+    """`count` float64 numbers in [0, 1), a pure function of the keys; with keys of shape (n, 1) a row for each."""
     return (mix64(*keys, np.arange(count)) >> np.uint64(11)) * 2.0**-53
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,15 +13,21 @@ from lars.keyed import uniform
 
 _AUGMENT = 3  # what a random key is for
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
+DRAWS = 4 * _TRIES + 1
 
 
-def training_image(data: bytes, augment: Augment, size: int, seed: int, epoch: int, sample: int) -> np.ndarray:
-    """uint8 (size, size, 3): one random view of a sample.
+def draws_of(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """float64 (n, DRAWS) in [0, 1): the random numbers of n samples, each row a function of its own keys alone."""
+    return uniform(DRAWS, seed, _AUGMENT, epochs[:, None], samples[:, None])
+
+
+def training_image(data: bytes, augment: Augment, size: int, draws: np.ndarray) -> np.ndarray:
+    """uint8 (size, size, 3): one random view of a sample; `draws` is its row of `draws_of`.
 
     Raises:
         BadImage: from `decode`.
     """
-    draws = iter(uniform(2 + 4 * _TRIES, seed, _AUGMENT, epoch, sample))
+    draws = iter(draws.tolist())
     if augment.crop == "random_resized_crop":
         image = decode(data)  # at full scale: the crop may be a small part of it
         box = _random_box(image.size, augment, draws)
@@ -44,7 +51,7 @@ def evaluation_image(data: bytes, augment: Augment, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _random_box(extent: tuple[int, int], augment: Augment, draws: iter) -> tuple[float, float, float, float]:
+def _random_box(extent: tuple[int, int], augment: Augment, draws: Iterator[float]) -> tuple[float, float, float, float]:
     """torchvision's RandomResizedCrop: area uniform in `scale`, log aspect ratio uniform in `ratio`."""
     width, height = extent
     low, high = (math.log(r) for r in augment.ratio)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lars.config import Recipe
-from lars.data.augment import evaluation_image, training_image
+from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import BadImage
 from lars.data.index import Index, check_label_range
 from lars.data.order import Order
@@ -29,7 +29,7 @@ log = logging.getLogger("lars")
 _AHEAD = 4  # passes decoded before they are asked for
 _OPEN_FILES = 32
 _CACHE_BYTES = 2 << 30  # encoded row groups kept per process
-_EPOCHLESS = -1
+_TOGETHER = 16  # samples a thread takes at a time
 
 
 @dataclass
@@ -90,36 +90,37 @@ class Reader:
         return images, labels
 
 
-def _assemble(reader: Reader, pool: ThreadPoolExecutor, ids: np.ndarray, epochs: np.ndarray) -> Batch:
-    size = reader.recipe.model.image_size
+def _assemble(reader: Reader, pool: ThreadPoolExecutor, ids: np.ndarray, epochs: np.ndarray | None) -> Batch:
+    """Read and decode the samples `ids` as they look in `epochs`, or as evaluation sees them."""
+    recipe, size = reader.recipe, reader.recipe.model.image_size
+    draws = None if epochs is None else draws_of(recipe.seed, epochs, ids)
     groups = np.searchsorted(reader.first_row, ids, side="right") - 1
     rows = ids - reader.first_row[groups]
     held = {int(g): reader.group(int(g)) for g in dict.fromkeys(groups)}
-    images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8)
-    labels, bad = torch.empty(len(ids), dtype=torch.int64), 0
+    images, labels = np.empty((len(ids), size, size, 3), np.uint8), np.empty(len(ids), np.int64)
 
     def place(slot: int) -> int:
         encoded, classes = held[int(groups[slot])]
         for replaced in range(len(encoded)):  # a bad image gives way to the next row of its row group
             row = (int(rows[slot]) + replaced) % len(encoded)
             try:
-                images[slot] = torch.from_numpy(_view(reader.recipe, encoded[row], int(epochs[slot]), int(ids[slot])).copy())
+                if draws is None:
+                    view = evaluation_image(encoded[row], recipe.augment, size)
+                else:
+                    view = training_image(encoded[row], recipe.augment, size, draws[slot])
+                images[slot] = view
             except BadImage as error:
                 log.warning("sample %d cannot be decoded (%s); the next one stands in for it", ids[slot] + row - rows[slot], error)
                 continue
-            labels[slot] = int(classes[row])
+            labels[slot] = classes[row]
             return replaced
         raise RuntimeError(f"no image of row group {int(groups[slot])} can be decoded")
 
-    for start in pool.map(lambda first: sum(place(s) > 0 for s in range(first, min(first + 16, len(ids)))), range(0, len(ids), 16)):
-        bad += start
-    return Batch(images.permute(0, 3, 1, 2), labels, ids, bad)
+    def place_some(first: int) -> int:
+        return sum(place(slot) > 0 for slot in range(first, min(first + _TOGETHER, len(ids))))
 
-
-def _view(recipe: Recipe, data: bytes, epoch: int, sample: int) -> np.ndarray:
-    if epoch == _EPOCHLESS:
-        return evaluation_image(data, recipe.augment, recipe.model.image_size)
-    return training_image(data, recipe.augment, recipe.model.image_size, recipe.seed, epoch, sample)
+    bad = sum(pool.map(place_some, range(0, len(ids), _TOGETHER)))
+    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), ids, bad)
 
 
 def training_batches(order: Order, index: Index, recipe: Recipe, slots: list[range], first_step: int) -> Iterator[Batch]:
@@ -138,11 +139,11 @@ def training_batches(order: Order, index: Index, recipe: Recipe, slots: list[ran
 def evaluation_batches(index: Index, recipe: Recipe, chunk: int, chunks: range) -> Iterator[Batch]:
     """The validation split in order, cut into chunks of `chunk` samples; this process's share of them."""
     bounds = ((c * chunk, min((c + 1) * chunk, index.samples)) for c in chunks)
-    wanted = ((np.arange(low, high), np.full(high - low, _EPOCHLESS)) for low, high in bounds)
+    wanted = ((np.arange(low, high), None) for low, high in bounds)
     return _ahead(wanted, Reader(index, recipe), recipe.data.workers)
 
 
-def _ahead(wanted: Iterable[tuple[np.ndarray, np.ndarray]], reader: Reader, workers: int) -> Iterator[Batch]:
+def _ahead(wanted: Iterable[tuple[np.ndarray, np.ndarray | None]], reader: Reader, workers: int) -> Iterator[Batch]:
     """Assemble batches in a background thread, at most _AHEAD before they are used; errors come out in order."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
     stop = threading.Event()

@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import DEMO
 from lars import config
 from lars.config import RecipeError
-from lars.data.augment import evaluation_image, training_image
+from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import BadImage, decode
 from lars.data.index import build_indexes
 from lars.data.loader import evaluation_batches, training_batches
@@ -52,8 +52,9 @@ def test_bytes_that_are_no_image_within_bounds_are_refused(data: bytes | None) -
         decode(data)
 
 
-def view(recipe: config.Recipe, *keys: int) -> np.ndarray:
-    return training_image(encoded(size=(90, 50)), recipe.augment, recipe.model.image_size, *keys)
+def view(recipe: config.Recipe, seed: int, epoch: int, sample: int) -> np.ndarray:
+    draws = draws_of(seed, np.array([7, epoch]), np.array([7, sample]))[1]  # what else is in the batch does not matter
+    return training_image(encoded(size=(50, 50)), recipe.augment, recipe.model.image_size, draws)
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet50"])
