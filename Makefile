@@ -19,13 +19,13 @@ setup: $(SETUP)  ## make .venv with the exact versions of requirements.txt
 
 reproduce-demo: $(SETUP)  ## train both demo recipes on this machine, judge them, prove one run at any number of processes
 	$(REPRODUCE) recipes/demo/alexnet.yaml recipes/demo/resnet50.yaml $(ARGS)
-	$(PYTHON) -m lars.prove recipes/demo/resnet50.yaml
+	$(PYTHON) -m lars.prove recipes/demo/alexnet.yaml
 
 reproduce-%: $(SETUP)  ## train recipes/<model>/<what>.yaml, as in reproduce-resnet50-lars-b32k-90ep
 	$(REPRODUCE) recipes/$(firstword $(subst -, ,$*))/$(patsubst $(firstword $(subst -, ,$*))-%,%,$*).yaml $(ARGS)
 
 prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and resumed: one hash
-	$(PYTHON) -m lars.prove recipes/demo/resnet50.yaml
+	$(PYTHON) -m lars.prove recipes/demo/alexnet.yaml
 
 test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long"
