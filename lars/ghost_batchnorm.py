@@ -37,7 +37,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         groups, sums = [], torch.zeros(2, self.num_features, dtype=torch.float64, device=x.device)
         for group in x.split(self.bn_group):
             # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
-            statistics = torch.zeros(2, self.num_features, device=x.device)
+            statistics = self.running_mean.new_zeros(2, self.num_features)
             groups.append(
                 F.batch_norm(group, statistics[0], statistics[1], self.weight, self.bias, True, 1.0, self.eps)
             )

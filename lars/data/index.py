@@ -119,7 +119,7 @@ def _footer(name: str) -> tuple[bytes, pq.FileMetaData]:
         raw = stream.read(length)
     try:
         return raw, pq.read_metadata(io.BytesIO(b"PAR1" + raw + tail))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise RecipeError(f"{name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
