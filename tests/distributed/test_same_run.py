@@ -213,6 +213,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer
     assert result["status"] == "failed" and result["steps"] == 2
 
 
+def test_processes_that_end_with_different_weights_fail_the_run(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    """Rank 1's optimizer moves one weight by one part in a million after the last step."""
+    recipe = tmp_path / "recipes/mine/resnet50.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text((DEMO / "resnet50.yaml").read_text())
+    (recipe.parent / "model.py").write_text(
+        "import os\nfrom lars.optimizer import LARS\nright = LARS.step\n"
+        "def wrong(self, closure=None):\n"
+        "    right(self, closure)\n"
+        "    if os.environ.get('RANK') == '1': self.param_groups[0]['params'][0].data.view(-1)[0] *= 1 + 1e-6\n"
+        "LARS.step = wrong\n"
+    )
+    ranks = start_ranks(2, recipe, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log")
+    assert ranks.wait() == [1, 1]
+    assert "the processes ended with different weights" in ranks.output
+    assert read_result(tmp_path / "run")["status"] == "failed"
+
+
 def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """`cp -r recipes/demo recipes/mine`, another timm model, another place, other overrides."""
     place = tmp_path / "elsewhere"

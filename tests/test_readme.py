@@ -1,0 +1,96 @@
+"""Commands that people copy: they name files that exist, parse, and say what they are."""
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from conftest import ROOT
+from lars import config
+
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
+
+
+def commands(text: str) -> list[str]:
+    """Lines of code blocks and recipe headers that start with a command of ours; continued lines joined."""
+    text = text.replace("\\\n", " ")
+    lines = [line.lstrip("#").strip() for line in text.splitlines()]
+    return [line for line in lines if re.match(r"(accelerate launch|make|python -m|python recipes|cp) ", line)]
+
+
+def all_commands() -> list[tuple[str, str]]:
+    return [(str(file.relative_to(ROOT)), command) for file in TEXTS for command in commands(file.read_text())]
+
+
+def test_there_are_commands() -> None:
+    assert len(all_commands()) > 10
+
+
+@pytest.mark.parametrize(("file", "command"), all_commands())
+def test_a_command_exists_and_parses(file: str, command: str) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        dry = subprocess.run(["make", "-n", "PYTHON=python", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert dry.returncode == 0, dry.stderr
+        named = [word for word in shlex.split(dry.stdout) if word.endswith(".yaml")]
+        assert all((ROOT / name).is_file() for name in named), named
+    elif words[0] == "cp":
+        assert (ROOT / words[-2]).exists()
+    elif words[:2] == ["python", "-m"]:
+        shown = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+    else:
+        assert (ROOT / "recipes/train.py").is_file() and "recipes/train.py" in words
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        recipe = words[words.index("--config") + 1]
+        if "/mine/" not in recipe:
+            config.load(ROOT / recipe, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_recipes_header_names_its_own_file_and_its_keys_are_the_trajectory(recipe: Path) -> None:
+    header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
+    assert f"--config recipes/{recipe.parent.name}/{recipe.name}" in header
+    assert "Hardware:" in header and ("Time and accuracy" in header or "Expected time" in header)
+    loaded = config.load(recipe, [])
+    assert loaded.name == f"{recipe.parent.name}/{recipe.stem}"
+    written = OmegaConf.load(recipe)
+    keys = {k if not OmegaConf.is_dict(v) else f"{k}.{inner}" for k, v in written.items() for inner in (v if OmegaConf.is_dict(v) else [None])}
+    assert keys == {*config.trajectory(loaded), "name", "data.path"}
+    order = [k for k in written if k in ("model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision")]
+    assert order == ["model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision"]
+
+
+def test_figures_in_the_readme_come_from_committed_results() -> None:
+    from lars.report import committed_results
+
+    text = (ROOT / "README.md").read_text()
+    for name in ("demo/alexnet", "demo/resnet50"):
+        top1 = [r["top1"] for r in committed_results(name)]
+        mean, spread = sum(top1) / len(top1), (max(top1) - min(top1))
+        row = next(line for line in text.splitlines() if line.startswith(f"| [{name}]"))
+        assert f"{mean:.1f}" in row and spread < 10, row
+
+
+def test_the_two_lines_in_the_readme_run() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "lars.LARS" in b)
+    names: dict = {}
+    exec(f"import torch\nmodel = torch.nn.Linear(3, 3)\nmodel(torch.ones(1, 3)).sum().backward()\n{block}\noptimizer.step()", names)
+
+
+def test_the_hash_check_in_the_readme_is_the_projects(tiny_runs: dict[int, Path]) -> None:
+    text = (ROOT / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "sha256" in b)
+    checkpoint = next((tiny_runs[1] / "checkpoints").iterdir()) / "model.safetensors"
+    done = subprocess.run([sys.executable, "-c", block.replace("model.safetensors", str(checkpoint))], capture_output=True, text=True)
+    from lars.run import read_result
+
+    assert done.stdout.strip() == read_result(tiny_runs[1])["weights_sha256"], done.stderr

@@ -1,0 +1,120 @@
+"""Expected intervals, the table's verdicts, and what becomes of an earlier run."""
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from conftest import DEMO, ROOT, start_ranks
+from lars.report import committed_results, draw, expected_interval, report
+from lars.reproduce import launch_command, prepare_folder
+from lars.run import read_result, sources
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def run_with(folder: Path, **result) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"recipe": "demo/resnet50", "engine": "plain", "world_size": 2, "seconds": 1.0, **result}))
+    return folder
+
+
+def verdict(run: Path) -> tuple[bool, str]:
+    text = io.StringIO()
+    good = report([run], None, Console(file=text, width=120))
+    return good, text.getvalue()
+
+
+def test_the_interval_is_students_for_one_more_seed() -> None:
+    assert expected_interval([80.0, 81.0]) is None
+    low, high = expected_interval([80.0, 81.0, 82.0])  # mean 81, s = 1, t = 9.925, sqrt(4/3)
+    assert (low, high) == pytest.approx((81 - 11.460, 81 + 11.460), abs=0.001)
+
+
+@pytest.mark.parametrize("name", ["demo/alexnet", "demo/resnet50"])
+def test_the_committed_seeds_are_whole_runs_of_one_data_set(name: str) -> None:
+    results = committed_results(name)
+    assert len(results) >= 3
+    assert {r["status"] for r in results} == {"finished"}
+    assert len({r["data_fingerprint"] for r in results}) == 1 and len({r["weights_sha256"] for r in results}) == len(results)
+    low, high = expected_interval([r["top1"] for r in results])
+    assert 50 < low < high < 100
+
+
+def test_verdicts(tmp_path: Path) -> None:
+    low, high = expected_interval([r["top1"] for r in committed_results("demo/resnet50")])
+    good, text = verdict(run_with(tmp_path / "good", status="finished", top1=(low + high) / 2))
+    assert good and "PASS" in text
+    good, text = verdict(run_with(tmp_path / "low", status="finished", top1=low - 0.1))
+    assert not good and "FAIL" in text
+    good, text = verdict(run_with(tmp_path / "dead", status="failed", top1=None))
+    assert not good and "FAIL (failed)" in text
+    good, text = verdict(tmp_path / "nothing")
+    assert not good and "FAIL (not started)" in text
+
+
+def test_the_picture_is_drawn(tmp_path: Path, tiny_runs: dict[int, Path]) -> None:
+    draw(list(tiny_runs.values())[:2], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    """The sign of the update flipped: trained by the real loop, judged by the real report."""
+    recipe = tmp_path / "recipes/mine/resnet50.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text((DEMO / "resnet50.yaml").read_text())
+    (recipe.parent / "model.py").write_text(
+        "import torch\nfrom lars.optimizer import LARS\n"
+        "right = LARS.step\n"
+        "def wrong(self, closure=None):\n"
+        "    torch._foreach_neg_([p.grad for g in self.param_groups for p in g['params']])\n"
+        "    return right(self, closure)\n"
+        "LARS.step = wrong\n"
+    )
+    start_ranks(1, recipe, *tiny, "epochs=3", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log").wait()
+    good, text = verdict(tmp_path / "run")
+    assert not good and "FAIL" in text, text
+
+
+def test_a_finished_run_of_other_sources_is_set_aside_an_unfinished_one_resumes(tmp_path: Path) -> None:
+    recipe = DEMO / "resnet50.yaml"
+    for status, error, changed, fresh, moved in [
+        ("finished", "", False, False, False),
+        ("finished", "", True, False, True),
+        ("finished", "", False, True, True),
+        ("preempted", "", True, False, False),
+        ("failed", "FloatingPointError: step 3", True, False, True),
+        ("failed", "OSError: disk full", True, False, False),
+    ]:
+        run, said = run_with(tmp_path / str(len(list(tmp_path.iterdir()))), status=status, error=error), []
+        then = {**sources(recipe), **({"lars/optimizer.py": "0"} if changed else {})}
+        (run / "sources.json").write_text(json.dumps(then))
+        prepare_folder(run, recipe, fresh, said.append)
+        assert run.exists() != moved
+        assert bool(said) == (moved or changed)
+        assert not changed or fresh or "lars/optimizer.py" in said[0]
+
+
+def test_the_printed_line_is_the_contracts() -> None:
+    line = launch_command(Path("launch/cpu-2.yaml"), 2, Path("recipes/demo/alexnet.yaml"), ["seed=3"])
+    assert " ".join(line) == (
+        "accelerate launch --config_file launch/cpu-2.yaml --num_processes 2 recipes/train.py --config recipes/demo/alexnet.yaml seed=3"
+    )
+
+
+def test_a_run_folder_holds_what_the_contract_says(tiny_runs: dict[int, Path]) -> None:
+    result = read_result(tiny_runs[2])
+    assert set(result) >= set(
+        "recipe status heartbeat reproducibility top1 top5 steps epochs images seconds images_per_second world_size engine "
+        "weights_sha256 samples_hash source_sha256 data_fingerprint versions environment".split()
+    )
+    lines = [json.loads(line) for line in (tiny_runs[2] / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[0]) == {"kind", "step", "epoch", "loss", "lr", "images", "images_per_second"}
+    assert set(lines[-1]) == {"kind", "step", "epoch", "loss", "top1", "top5", "images"}
+    assert lines[0]["images"] == 96 and lines[0]["epoch"] == pytest.approx(96 / 1009, abs=1e-4)
