@@ -3,8 +3,9 @@
 `import lars` needs torch alone. Where timm is installed, the optimizer is registered there as `exact_lars`.
 """
 from lars.optimizer import LARS, ShardingError
+from lars.sharding import bind
 
-__all__ = ["LARS", "ShardingError"]
+__all__ = ["LARS", "ShardingError", "bind"]
 
 
 def _register_with_timm() -> None:

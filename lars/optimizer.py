@@ -60,6 +60,7 @@ class LARS(torch.optim.Optimizer):
             "momentum_mode": momentum_mode,
             "adapt": None,
         }
+        self.layout = None  # lars.sharding.Layout, set by lars.bind where an engine keeps slices
         self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
         super().__init__(params, defaults)
 
@@ -87,39 +88,64 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_slices()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if any(p.grad.is_sparse for p in params):
-                raise ValueError("LARS has no rule for sparse gradients")
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grads = [p.grad for p in params]
-            velocities = [self.state[p]["momentum_buffer"] for p in params]
-            factors = trust_ratios(params, grads, group) if group["adapt"] else None
-            update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
-            update(params, grads, velocities, factors, group)
+        if self.layout is None:
+            self.refuse_slices()
+        work = [(group, *self._tensors(group)) for group in self.param_groups]
+        ratios = self._ratios(work)
+        for (group, params, grads, velocities, _), some_ratios in zip(work, ratios):
+            if params:
+                update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
+                update(params, grads, velocities, some_ratios, group)
         return loss
 
-    def _refuse_slices(self) -> None:
-        for index, (group, shapes) in enumerate(zip(self.param_groups, self._shapes)):
-            if [p.shape for p in group["params"]] != shapes:
-                raise ShardingError(
-                    f"parameter group {index} holds other tensors than LARS was given (an engine has put its flat "
-                    "slices in their place); norms of slices are not the layers' norms. Train with plain data "
-                    "parallel or ZeRO stage 0"
-                )
+    def refuse_slices(self) -> None:
+        """Raise ShardingError if a group's tensors are not the ones that were given."""
+        shapes_now = [[p.shape for p in group["params"]] for group in self.param_groups]
+        if shapes_now != self._shapes:
+            raise ShardingError(
+                "a parameter group holds other tensors than LARS was given: an engine has put its flat slices in their "
+                "place, and norms of slices are not the layers' norms. Call lars.bind(model, optimizer) once after the "
+                "engine is built"
+            )
+
+    def _tensors(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        """Weights, gradients and velocities that this process updates, and the number of the layer each belongs to."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise ValueError("LARS has no rule for sparse gradients")
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        velocities = [self.state[p]["momentum_buffer"] for p in params]
+        if self.layout is None:
+            return params, [p.grad for p in params], velocities, []
+        cut = [(layer, view(p), view(p.grad), view(v)) for p, v in zip(params, velocities) for layer, view in self.layout.cut(p)]
+        layers, weights, grads, velocities = map(list, zip(*cut)) if cut else ([], [], [], [])
+        return weights, grads, velocities, layers
+
+    def _ratios(self, work: list[tuple]) -> list[Tensor | None]:
+        """For each group its tensors' trust ratios, None where it does not adapt; at most one all-reduce in all."""
+        norms = [_norms(params, grads) if group["adapt"] and params else None for group, params, grads, _, _ in work]
+        sliced = [group for group in self.param_groups if group["adapt"] and group["params"]]  # the same on all ranks
+        if self.layout is not None and sliced:
+            device = sliced[0]["params"][0].device
+            squares = torch.zeros(2, self.layout.layers, device=device)
+            for (*_, layers), some in zip(work, norms):
+                if some is not None:
+                    squares.index_add_(1, torch.tensor(layers, device=device), some.square())
+            whole = self.layout.squared_norms(squares).sqrt()
+            norms = [None if some is None else whole[:, layers] for (*_, layers), some in zip(work, norms)]
+        return [None if some is None else trust_ratios(*some, group) for (group, *_), some in zip(work, norms)]
 
 
-def trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
-    """eta |w| / (|g| + beta |w| + eps) for each tensor, shape (len(params),); 1 where |w| or |g| is 0."""
-    weight_norms = torch.stack(torch._foreach_norm(params)).float()
-    grad_norms = torch.stack(torch._foreach_norm(grads)).float()
-    ratios = group["trust_coefficient"] * weight_norms
-    ratios /= grad_norms + group["weight_decay"] * weight_norms + group["eps"]
+def _norms(params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """(2, n): the norms of n weights and of their gradients, float32."""
+    return torch.stack([torch.stack(torch._foreach_norm(tensors)).float() for tensors in (params, grads)])
+
+
+def trust_ratios(weight_norms: Tensor, grad_norms: Tensor, group: dict[str, Any]) -> Tensor:
+    """eta |w| / (|g| + beta |w| + eps) for each tensor; 1 where |w| or |g| is 0."""
+    ratios = group["trust_coefficient"] * weight_norms / (grad_norms + group["weight_decay"] * weight_norms + group["eps"])
     return torch.where((weight_norms > 0) & (grad_norms > 0), ratios, 1.0)
 
 
