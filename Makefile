@@ -30,8 +30,9 @@ prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and
 test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long"
 
-test-long: $(SETUP)  ## tests that do not fit into `make test`
-	$(PYTHON) -m pytest -m long
+test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
+	bash -o pipefail -c '$(PYTHON) -m pytest -m long -v | tee tests/long.log'
 
-bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run
-	$(PYTHON) -m tests.benchmarks.reduction --json
+bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
+	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
+	$(PYTHON) -m tests.benchmarks.optimizer_step --json > tests/benchmarks/optimizer_step.json

@@ -32,6 +32,8 @@ class BatchPlan:
                 fewer samples than one global batch.
         """
         batch, group = recipe.global_batch, recipe.bn_group
+        if processes < 1:
+            raise RecipeError(f"{processes} processes: at least one is needed")
         if group and batch % group:
             raise RecipeError(f"bn_group={group} does not divide global_batch={batch}: {_nearest(group, _divisors(batch))}")
         micro = recipe.runtime.micro_batch or group or math.gcd(batch, 64)

@@ -28,6 +28,7 @@ class State:
     samples_hash: int
     bad_images: int
     seconds: float
+    evaluation: dict[str, float]  # step, top1, top5 of the last one; empty before the first
     data_fingerprint: str
     trajectory: dict[str, Any]
 

@@ -163,6 +163,9 @@ _HOLDS = {
 }
 
 
+model_files: list[Path] = []  # every file that `import_model_file` has run: they are sources of the run
+
+
 def load(path: str | Path, overrides: list[str]) -> Recipe:
     """Read a recipe, apply `key=value` overrides, check names, types and numbers.
 
@@ -175,7 +178,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
     try:
         written = OmegaConf.load(path)
     except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for the same mistake
-        raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(written, DictConfig):
         raise RecipeError(f"{path} is not a recipe: its top level must be `key: value` lines")
     relative = OmegaConf.select(written, "data.path", default=None)
@@ -187,10 +190,13 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
             config.merge_with(part)
         except OmegaConfBaseException as error:
             raise RecipeError(_explain(error, source)) from None
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe lists every key of the trajectory")
-    recipe = OmegaConf.to_object(config)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe lists every key of the trajectory")
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a ${...} that leads nowhere
+        raise RecipeError(_explain(error, str(path))) from None
     recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}/seed-{recipe.seed}"
     _check(recipe, flatten(recipe))
     return recipe
@@ -215,11 +221,11 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
 def import_model_file(folder: Path) -> None:
     """Run the `model.py` in a recipe's folder, if there is one, so that it registers its models with timm."""
     file = (Path(folder) / "model.py").resolve()
-    name = f"recipe_model_{abs(hash(str(file)))}"
-    if file.is_file() and name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+    if file.is_file() and file not in model_files:
+        model_files.append(file)
+        spec = importlib.util.spec_from_file_location(f"recipe_model_{len(model_files)}", file)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
 
 
 def _override(item: str) -> DictConfig:
@@ -228,7 +234,7 @@ def _override(item: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([item])
     except Exception as error:
-        raise RecipeError(f"cannot read {item!r}: {_one_line(error)}") from None
+        raise RecipeError(f"cannot read {item!r}: {one_line(error)}") from None
 
 
 def _explain(error: OmegaConfBaseException, source: str) -> str:
@@ -236,7 +242,7 @@ def _explain(error: OmegaConfBaseException, source: str) -> str:
     known = list(flatten(Recipe()))
     if key and key not in known and not key.startswith("model.kwargs"):
         return f"{source}: unknown key {key!r}{did_you_mean(key, [*known, *{k.split('.')[0] for k in known}])}"
-    return f"{source}: {key or 'value'}: {_one_line(error)}"
+    return f"{source}: {key or 'value'}: {one_line(error)}"
 
 
 def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
@@ -262,6 +268,8 @@ def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(
             f"augment.eval_resize={recipe.augment.eval_resize} is smaller than model.image_size={recipe.model.image_size}"
         )
+    if recipe.seed >= 2**63:
+        raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")
     if recipe.schedule.warmup_epochs >= recipe.epochs:
         raise RecipeError(f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}")
     if recipe.optimizer.name == "lars" and None in (recipe.optimizer.trust_coefficient, recipe.optimizer.eps):
@@ -269,10 +277,12 @@ def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """"; did you mean ...?" with the nearest known word, or nothing."""
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import timm
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from lars.config import Recipe, RecipeError, did_you_mean
+from lars.config import Recipe, RecipeError, did_you_mean, one_line
 from lars.ghost_batchnorm import GhostBatchNorm2d, convert
 from lars.keyed import mix64
 from lars.optimizer import LARS
@@ -33,8 +33,8 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, list[GhostBatchNorm2d]]:
     torch.manual_seed(recipe.seed)
     try:
         model = timm.create_model(name, num_classes=recipe.model.num_classes, **kwargs)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RecipeError(f"model.name={name} cannot be built with model.kwargs={kwargs}: {error}") from None
+    except Exception as error:  # whatever a model makes of arguments that it does not know or cannot use
+        raise RecipeError(f"model.name={name} cannot be built with model.kwargs={kwargs}: {one_line(error)}") from None
     return model, convert(model, recipe.bn_group)
 
 
@@ -60,7 +60,7 @@ class Engine:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.reproducibility = "bitwise" if recipe.runtime.deterministic else "numeric"
-        cpu = not torch.cuda.is_available()
+        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         _pin_arithmetic(recipe, cpu)
         backend = None if "WORLD_SIZE" not in os.environ else "gloo" if cpu else "nccl"  # named, or accelerate finds none
         self.accelerator = Accelerator(
@@ -107,11 +107,21 @@ class Engine:
         logits = self.logits(self.called, images)
         return F.cross_entropy(logits, labels.to(self.device), label_smoothing=self.recipe.augment.label_smoothing)
 
-    def backward(self, loss: Tensor, passes: int, last: bool) -> None:
-        """Gradients of one of `passes` passes of this process; DDP exchanges after the last one."""
-        quiet = self.exchanges_itself and not last
-        with self.called.no_sync() if quiet else nullcontext():
-            (loss if self.reproducibility == "bitwise" else loss / passes).backward()
+    def exchange(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a pass: DDP exchanges in the last one's backward only."""
+        return self.called.no_sync() if self.exchanges_itself and not last else nullcontext()
+
+    def backward(self, loss: Tensor, passes: int) -> None:
+        """Gradients of one of `passes` passes of this process; the order-free sum divides by their number itself."""
+        (loss / passes if self.exchanges_itself else loss).backward()
+
+    def bad_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient DDP summed to something not finite; the order-free sum finds its own."""
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None] if self.exchanges_itself else []
+        if not named:
+            return []
+        finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
+        return [name for (name, _), fine in zip(named, finite) if not fine]
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """float32 (n, num_classes); pixels are normalised on the device."""

@@ -19,21 +19,26 @@ def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int) -> dict[s
     or seen twice, and the chunks do not depend on the number of processes.
 
     Raises:
-        RuntimeError: the images counted are not the split's.
+        RuntimeError: the images counted are not the split's, or some of them cannot be decoded.
+        FloatingPointError: the loss is not finite.
     """
     chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
     mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
-    total = OrderFreeSum([], passes=1, floats=1, counts=3, device=engine.device)
+    total = OrderFreeSum([], passes=1, floats=1, counts=4, device=engine.device)
     engine.model.eval()
     for batch in evaluation_batches(index, recipe, chunk, mine):
         labels = batch.labels.to(engine.device)
         logits = engine.logits(engine.model, batch.images)
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels)])
+        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels), batch.bad])
     engine.model.train()
     sums = total.finish()
-    top1, top5, images = sums.counts
+    top1, top5, images, bad = sums.counts
+    if bad:
+        raise RuntimeError(f"{bad} images of the validation split cannot be decoded: its accuracy would be another split's")
+    if sums.bad_floats:
+        raise FloatingPointError("the evaluation loss is not finite")
     if images != index.samples:
         raise RuntimeError(f"evaluated {images} images, but the split has {index.samples}")
     return {

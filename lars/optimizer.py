@@ -64,6 +64,14 @@ class LARS(torch.optim.Optimizer):
         self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shapes": self._shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle: it has to be bound anew."""
+        self.__dict__.setdefault("layout", None)
+        super().__setstate__(state)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by dimension unless it says what to do with all its tensors."""
         given = param_group["params"]

@@ -1,10 +1,15 @@
-"""Progress for people: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""What people see: the groups of parameters, then a bar with rate and time left (plain lines where there is no terminal)."""
 from __future__ import annotations
 
 import sys
 import time
 
+import torch
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
+
+from lars.optimizer import LARS
 
 _SECONDS_BETWEEN_LINES = 10
 
@@ -47,3 +52,14 @@ class Progress:
 def _clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def print_groups(model: torch.nn.Module, optimizer: LARS) -> None:
+    """Which rule each tensor follows, found by dimension."""
+    names = {p: name for name, p in model.named_parameters()}
+    table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
+    for group in optimizer.param_groups:
+        members, rule = group["params"], "LARS" if group["adapt"] else "momentum SGD"
+        count = f"{sum(p.numel() for p in members):,}"
+        table.add_row(rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]])
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,8 +57,9 @@ def start(command: list[str], **kwargs) -> subprocess.Popen:
     return subprocess.Popen([*python, *command[1:]], env={**os.environ, "PYTHONUNBUFFERED": "1"}, **kwargs)
 
 
-def prepare_folder(run: Path, recipe: Path, fresh: bool, say: callable) -> None:
+def prepare_folder(run: Path, recipe: Path, fresh: bool, say: Callable[[str], None]) -> None:
     """Decide what becomes of an earlier run in `run` before the recipe is started there."""
+    config.import_model_file(recipe.parent)  # `sources` names what it runs
     before = read_result(run)
     now = sources(recipe)
     file = run / "sources.json"
@@ -71,8 +73,10 @@ def prepare_folder(run: Path, recipe: Path, fresh: bool, say: callable) -> None:
         say(f"warning: {run} is unfinished and resumes with changed sources: {', '.join(changed)} (FRESH=1 starts over)")
 
 
-def reproduce(recipe: Path, launch: Path, processes: int, overrides: list[str], fresh: bool, say: callable) -> Path:
-    """Train one recipe to its end and return its run folder.
+def reproduce(
+    recipe: Path, launch: Path, processes: int, overrides: list[str], fresh: bool, say: Callable[[str], None]
+) -> tuple[Path, bool]:
+    """Train one recipe to its end; its run folder, and whether the launcher ended well (an old run there proves nothing).
 
     Raises:
         RecipeError: the recipe or its data cannot be trained; train.py has said why.
@@ -84,8 +88,7 @@ def reproduce(recipe: Path, launch: Path, processes: int, overrides: list[str], 
     prepare_folder(run, recipe, fresh, say)
     command = launch_command(launch, processes, recipe, overrides)
     say(shlex.join(command))
-    start(command).wait()
-    return run
+    return run, start(command).wait() == 0
 
 
 def main() -> int:
@@ -103,12 +106,17 @@ def main() -> int:
     try:
         file = launch_file(args.launch)
         processes = processes_of(file, args.nproc)
-        runs = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
+        ended = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    runs = [run for run, _ in ended]
     shared = Path(os.path.commonpath([run.parent for run in runs]))
-    return 0 if report(runs, shared / "curves.png", console) else 1
+    good = report(runs, shared / "curves.png", console)
+    for run, well in ended:
+        if not well:
+            say(f"FAIL: the launcher of {run} ended with an error, see above")
+    return 0 if good and all(well for _, well in ended) else 1
 
 
 if __name__ == "__main__":

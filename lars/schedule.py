@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lars.batch import BatchPlan
+from lars.config import Recipe
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,6 +29,15 @@ class Schedule:
     decay_steps: float
     power: float
     end_lr: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, plan: BatchPlan) -> Schedule:
+        """Epochs to steps: warm-up ends after warmup_epochs * N / B steps, decay after decay_steps or with the run."""
+        keys = recipe.schedule
+        warmup = keys.warmup_epochs * plan.samples / plan.global_batch
+        decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0)
+        ramp = (recipe.optimizer.lr, keys.warmup_lr, warmup, keys.warmup_power)
+        return cls(*ramp, keys.decay_from, decay, keys.power, keys.end_lr)
 
     def rate(self, step: float) -> float:
         """The rate of the update that follows `step` finished updates (0 for the first)."""

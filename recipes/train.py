@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, gather, gather_object
-from rich.console import Console
-from rich.table import Table
 
 from lars import checkpoint, config
 from lars.batch import BatchPlan
@@ -29,8 +28,7 @@ from lars.data.order import Order, samples_hash
 from lars.engine import Engine, build_model, build_optimizer, launched_processes
 from lars.evaluate import evaluate
 from lars.nonfinite import first_bad_layer
-from lars.optimizer import LARS
-from lars.progress import Progress
+from lars.progress import Progress, print_groups
 from lars.reduction import OrderFreeSum, StepSums
 from lars.run import RunFolder, environment, read_result, weights_sha256
 from lars.schedule import Schedule
@@ -42,13 +40,13 @@ class Training:
 
     def __init__(self, recipe: Recipe, config_file: Path, indexes: tuple[Index, Index] | None, plan: BatchPlan | None) -> None:
         """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
-        self.recipe, self.config_file = recipe, config_file
-        self.stop = StopRequest()
+        self.recipe, self.config_file, self.running = recipe, config_file, False
         self.engine = Engine(recipe)
+        self.stop = StopRequest()  # from here on: until the processes have met, SIGTERM ends them at once
         self.rank = self.engine.rank
         (self.train_index, self.val_index), self.plan = broadcast_object_list([indexes, plan])
         self.folder = RunFolder(recipe, writes=self.rank == 0)
-        self.step, self.samples_hash, self.bad_images, self.seconds = 0, 0, 0, 0.0
+        self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
 
     def setup(self) -> bool:
         """Model, optimizer, schedule, sample order, the newest checkpoint; False if the run is finished already."""
@@ -57,7 +55,7 @@ class Training:
         self.engine.prepare(model, ghosts)
         self.model = self.engine.model
         self.optimizer = build_optimizer(recipe, self.model)
-        self.schedule = build_schedule(recipe, plan)
+        self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.fingerprint = fingerprint(self.train_index, self.val_index)
         summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -77,18 +75,21 @@ class Training:
             "engine": self.engine.name,
             "data_fingerprint": self.fingerprint,
             "environment": environment(self.engine.device),
+            "top1": self.evaluation.get("top1"),
+            "top5": self.evaluation.get("top5"),
         }
         self.folder.open(recipe, self.config_file, self.step, facts)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
-            print(f"{recipe.name}: {plan.start_up_line()} | {self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}", flush=True)
+            engine = f"{self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}"
+            print(f"{recipe.name}: {plan.start_up_line()} | {engine}", flush=True)
             print_groups(self.model, self.optimizer)
         return True
 
     def train(self) -> int:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
-        recipe, plan = self.recipe, self.plan
+        recipe, plan, self.running = self.recipe, self.plan, True
         evaluations = {s for s in plan.evaluation_steps() if s <= self.last_step} | {self.last_step}
         saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps))
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
@@ -102,17 +103,15 @@ class Training:
                 self.seconds += took
                 self.log_step(progress, loss, lr, took)
                 if self.step in evaluations:
-                    self.audit()
-                    result = evaluate(self.engine, recipe, self.val_index, plan.micro_batch)
-                    self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
-                    self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
-                    progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+                    self.evaluate(progress)
                 if stop or self.step in saves or self.step == self.last_step:
                     self.save()
                 if stop and self.step < self.last_step:
                     self.folder.end("preempted", **self.position())
                     progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
                     return EXIT_STOPPED
+            if self.evaluation.get("step") != self.step:  # it was stopped here before, by a signal or a crash
+                self.evaluate(progress)
         finally:
             progress.close()
             batches.close()
@@ -128,8 +127,9 @@ class Training:
         consumed, bad, ids = 0, 0, []
         for index, part in zip(self.plan.local_passes(self.rank), slots):
             batch = next(batches)
-            loss = self.engine.forward(batch.images, batch.labels, self.step, index)
-            self.engine.backward(loss, len(slots), last=part is slots[-1])
+            with self.engine.exchange(last=part is slots[-1]):
+                loss = self.engine.forward(batch.images, batch.labels, self.step, index)
+                self.engine.backward(loss, len(slots))
             self.sums.add_gradients()
             self.sums.add_floats(torch.cat([loss.detach().double().view(1), self.engine.statistics()]))
             consumed += samples_hash(self.step, part, batch.ids)
@@ -137,6 +137,7 @@ class Training:
             ids.append(torch.from_numpy(batch.ids))
         self.sums.add_counts([consumed, bad, self.stop.asked])
         sums = self.sums.finish()
+        sums.bad_gradients += self.engine.bad_gradients()
         if sums.bad_gradients or sums.bad_floats:
             self.explain_nonfinite(sums, slots)
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
@@ -148,7 +149,7 @@ class Training:
         self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.bad_images += sums.counts[1]
-        if self.bad_images > self.recipe.data.max_bad_fraction * self.step * self.plan.global_batch:
+        if self.bad_images > self.recipe.data.max_bad_fraction * max(self.step * self.plan.global_batch, self.plan.samples):
             raise RuntimeError(f"{self.bad_images} images could not be decoded, more than data.max_bad_fraction allows")
         if self.recipe.ledger:
             everywhere = gather(torch.cat(ids).to(self.engine.device)).tolist()
@@ -169,6 +170,15 @@ class Training:
             "A lower optimizer.lr or a longer schedule.warmup_epochs is the usual remedy"
         )
 
+    def evaluate(self, progress: Progress) -> None:
+        """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split."""
+        self.audit()
+        result = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch)
+        self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
+        self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
+        self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
+        progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+
     def audit(self) -> None:
         """What the ranks consumed since the last audit must be what the pure order says."""
         expected = (self.hash_at_audit + self.order.hash(self.audited, self.step)) % 2**64
@@ -177,11 +187,11 @@ class Training:
         self.audited, self.hash_at_audit = self.step, self.samples_hash
 
     def save(self) -> None:
-        """Write a checkpoint (rank 0; all ranks hold the same tensors)."""
+        """Write a checkpoint (rank 0; all ranks hold the same tensors) of samples that are audited."""
+        self.audit()
         if self.rank == 0:
-            state = checkpoint.State(
-                self.step, self.samples_hash, self.bad_images, self.seconds, self.fingerprint, config.trajectory(self.recipe)
-            )
+            progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
+            state = checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe))
             checkpoint.save(self.folder.path, state, self.model, self.optimizer, self.recipe.checkpoint.keep)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float) -> None:
@@ -224,35 +234,15 @@ class Training:
         checkpoint.check_same_run(state, self.recipe, self.fingerprint)
         checkpoint.load(saved[-1], self.model, self.optimizer)
         self.step, self.samples_hash = state.step, state.samples_hash
-        self.bad_images, self.seconds = state.bad_images, state.seconds
+        self.bad_images, self.seconds, self.evaluation = state.bad_images, state.seconds, state.evaluation
         if self.rank == 0:
             print(f"{self.recipe.name}: resuming after step {self.step} from {saved[-1]}", flush=True)
 
 
-def build_schedule(recipe: Recipe, plan: BatchPlan) -> Schedule:
-    """Epochs to steps: warm-up ends after warmup_epochs * N / B steps, decay after decay_steps or with the run."""
-    keys = recipe.schedule
-    warmup = keys.warmup_epochs * plan.samples / plan.global_batch
-    decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0)
-    return Schedule(
-        recipe.optimizer.lr, keys.warmup_lr, warmup, keys.warmup_power, keys.decay_from, decay, keys.power, keys.end_lr
-    )
-
-
-def print_groups(model: torch.nn.Module, optimizer: LARS) -> None:
-    """Which rule each tensor follows, found by dimension."""
-    names = {p: name for name, p in model.named_parameters()}
-    table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
-    for group in optimizer.param_groups:
-        members = group["params"]
-        rule = "LARS" if group["adapt"] else "momentum SGD"
-        count = f"{sum(p.numel() for p in members):,}"
-        table.add_row(rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
 def check(recipe: Recipe, processes: int) -> tuple[tuple[Index, Index], BatchPlan]:
-    """Everything that can be wrong before the first step: batch arithmetic, data, model."""
+    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model."""
+    if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
+        raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     indexes = build_indexes(recipe.data, recipe.model.num_classes)
     plan = BatchPlan.of(recipe, indexes[0].samples, processes)
     build_optimizer(recipe, build_model(recipe)[0])
@@ -272,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = config.load(args.config, args.overrides)
         config.import_model_file(args.config.parent)
-        processes = args.processes or launched_processes()
+        processes = launched_processes() if args.processes is None else args.processes
         indexes, plan = check(recipe, processes) if first or args.check else (None, None)
         if args.check:
             print(f"{recipe.name}: {plan.start_up_line()}")
@@ -280,8 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
         training = Training(recipe, args.config, indexes, plan)
         return training.train() if training.setup() else 0
     except RecipeError as error:
-        if first:
+        if first or training is not None and training.running:  # what one rank alone finds in its data, it alone can tell
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if training is not None:
+            training.folder.end("failed", error=str(error))
         return 2
     except BaseException as error:
         if training is not None:

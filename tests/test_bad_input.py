@@ -38,6 +38,10 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("model.kwargs.widht=2", ["model.kwargs", "widht"]),
         ("optimizer.name=lamb", ["optimizer.name=lamb", "lars or sgd"]),
         ("optimizer.momentum_mode=papper", ["did you mean 'paper'"]),
+        ("seed=99999999999999999999999", ["seed", "63 bits"]),
+        ("name=${nowhere}", ["nowhere"]),
+        ("model.kwargs.channels=[-8,16,32,64]", ["cannot be built", "model.kwargs"]),
+        ("trackers=[tensorbord]", ["tensorbord", "tensorboard"]),
         ("precision=fp16", ["fp32 or tf32 or bf16"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1", "positive"]),
         ("optimizer.lr=.inf", ["not finite"]),
@@ -71,6 +75,7 @@ def test_one_line_that_names_the_remedy(override: str, words: list[str], capsys:
 
 def test_processes_that_do_not_divide(capsys: pytest.CaptureFixture) -> None:
     assert "use 4 or 6 processes" in complaint(capsys, processes=5)
+    assert "at least one" in complaint(capsys, processes=0)
 
 
 def test_a_recipe_that_does_not_exist_or_is_none(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +137,7 @@ def test_a_hub_that_cannot_be_reached(capsys: pytest.CaptureFixture, monkeypatch
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("Couldn't reach it")))
-    assert "the Hub cannot be reached" in complaint(capsys, "data.path=someone/imagnet")
+    assert "the Hub cannot be reached" in complaint(capsys, "data.path=someone/aggregated")
 
 
 def test_labels_are_checked_from_parquet_statistics(tmp_path: Path) -> None:
@@ -145,8 +150,9 @@ def test_labels_are_checked_from_parquet_statistics(tmp_path: Path) -> None:
         index.build_indexes(data, 10)
 
 
-def test_under_the_launcher_only_rank_0_prints_the_line() -> None:
-    done = launch(2, RECIPE, "optimizer.lr=fast")
+def test_under_the_launcher_only_rank_0_prints_the_line_and_nobody_waits() -> None:
+    """Only rank 0 looks at the data: the other rank is waiting for it and must end at once."""
+    done = launch(2, RECIPE, "data.path=/no/such/folder", timeout=40)
     assert done.returncode != 0
     assert len([line for line in done.stdout.splitlines() if line.startswith("error: ")]) == 1
 

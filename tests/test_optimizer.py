@@ -141,6 +141,17 @@ def test_state_dict_round_trip() -> None:
         assert torch.equal(p, q)
 
 
+def test_a_copy_goes_on() -> None:
+    model = network()
+    optimizer = LARS(model.parameters(), lr=1.0)
+    model_2, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (model_2, copied)):
+        gradients(m, 0)
+        o.step()
+    for p, q in zip(model.parameters(), model_2.parameters()):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"lr": -1.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -0.1}, {"trust_coefficient": 0.0}, {"eps": -1.0}, {"momentum_mode": "nesterov"}],

@@ -1,6 +1,7 @@
 """Commands that people copy: they name files that exist, parse, and say what they are."""
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -29,7 +30,7 @@ def all_commands() -> list[tuple[str, str]]:
 
 
 def test_there_are_commands() -> None:
-    assert len(all_commands()) > 10
+    assert len(all_commands()) >= 10
 
 
 @pytest.mark.parametrize(("file", "command"), all_commands())
@@ -77,6 +78,16 @@ def test_figures_in_the_readme_come_from_committed_results() -> None:
         mean, spread = sum(top1) / len(top1), (max(top1) - min(top1))
         row = next(line for line in text.splitlines() if line.startswith(f"| [{name}]"))
         assert f"{mean:.1f}" in row and spread < 10, row
+
+
+def test_the_table_of_ways_to_sum_is_the_committed_measurement() -> None:
+    text = (ROOT / "README.md").read_text()
+    ways = json.loads((ROOT / "tests/benchmarks/reduction.json").read_text())["ways"]
+    for label, name in (("float `all_reduce`", "float"), ("integer sum (kept)", "integer"), ("fixed tree", "tree")):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
+        ratios = ", ".join(f"{ratio:g}" for ratio in ways[name]["ratio"].values())
+        assert ratios in row and f"{ways[name]['error']:.1e}".replace("e-0", "e-") in row
+    assert not re.search("@[A-Z_]+@", text)
 
 
 def test_the_two_lines_in_the_readme_run() -> None:

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from conftest import DEMO, ROOT, start_ranks
+from conftest import DEMO, ROOT, play, start_ranks
 from lars.report import committed_results, draw, expected_interval, report
 from lars.reproduce import launch_command, prepare_folder
+from lars.reproduce import main as reproduce_main
 from lars.run import read_result, sources
 
 
@@ -64,11 +67,15 @@ def test_the_picture_is_drawn(tmp_path: Path, tiny_runs: dict[int, Path]) -> Non
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    """The sign of the update flipped: trained by the real loop, judged by the real report."""
+def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right rule passes and the one with its sign flipped fails, trained by the real loop, judged by the real report."""
     recipe = tmp_path / "recipes/mine/resnet50.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text((DEMO / "resnet50.yaml").read_text())
+    overrides = (*tiny, "bn_group=24", "runtime.micro_batch=48", "epochs=8")
+    play(2, recipe, *overrides, f"run_dir={tmp_path / 'right'}", log=tmp_path / "log")
+    top1 = read_result(tmp_path / "right")["top1"]
+    monkeypatch.setattr("lars.report.committed_results", lambda name: [{"top1": top1 + d} for d in (-0.5, 0.0, 0.5)])
     (recipe.parent / "model.py").write_text(
         "import torch\nfrom lars.optimizer import LARS\n"
         "right = LARS.step\n"
@@ -77,9 +84,29 @@ def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...
         "    return right(self, closure)\n"
         "LARS.step = wrong\n"
     )
-    start_ranks(1, recipe, *tiny, "epochs=3", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log").wait()
-    good, text = verdict(tmp_path / "run")
-    assert not good and "FAIL" in text, text
+    start_ranks(2, recipe, *overrides, f"run_dir={tmp_path / 'wrong'}", log=tmp_path / "log").wait()
+    assert read_result(tmp_path / "wrong")["steps"] > 0
+    assert verdict(tmp_path / "right")[0] and "PASS" in verdict(tmp_path / "right")[1]
+    assert not verdict(tmp_path / "wrong")[0] and "FAIL" in verdict(tmp_path / "wrong")[1], top1
+
+
+def test_a_launch_that_ends_with_an_error_is_never_a_pass(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old finished run stands in the folder, the new start is refused."""
+    low, high = expected_interval([r["top1"] for r in committed_results("demo/resnet50")])
+    run = run_with(tmp_path / "run", status="finished", top1=(low + high) / 2)
+    refused = lambda *args, **kwargs: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])  # noqa: E731
+    monkeypatch.setattr("lars.reproduce.start", refused)
+    monkeypatch.setattr("sys.argv", ["reproduce", "recipes/demo/resnet50.yaml", f"run_dir={run}"])
+    (run / "sources.json").write_text(json.dumps(sources(DEMO / "resnet50.yaml")))
+    assert reproduce_main() == 1
+    assert "ended with an error" in capsys.readouterr().out
+
+
+def test_the_model_file_of_another_folder_is_a_source() -> None:
+    from lars.config import import_model_file
+
+    import_model_file(DEMO)
+    assert "alexnet/model.py" in sources(DEMO / "alexnet.yaml")
 
 
 def test_a_finished_run_of_other_sources_is_set_aside_an_unfinished_one_resumes(tmp_path: Path) -> None:

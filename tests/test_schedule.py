@@ -1,15 +1,12 @@
 """The rate at its knots, by hand."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from conftest import ROOT
 from lars import config
 from lars.batch import BatchPlan
 from lars.schedule import Schedule
-from recipes.train import build_schedule
 
 IMAGENET = 1_281_167
 
@@ -39,7 +36,7 @@ def test_without_warmup_it_starts_at_the_full_rate() -> None:
 def test_the_alexnet_recipe_jumps_from_32_to_25_92() -> None:
     recipe = config.load(ROOT / "recipes/alexnet/lars-b32k-100ep.yaml", [])
     plan = BatchPlan.of(recipe, IMAGENET, 8)
-    schedule = build_schedule(recipe, plan)
+    schedule = Schedule.of(recipe, plan)
     end = 10 * IMAGENET / 32768
     assert plan.steps == 3910
     assert schedule.rate(end - 1e-9) == pytest.approx(32.0)
@@ -50,6 +47,6 @@ def test_the_alexnet_recipe_jumps_from_32_to_25_92() -> None:
 def test_the_rate_of_a_step_knows_no_processes(processes: int) -> None:
     recipe = config.load(ROOT / "recipes/resnet50/lars-b32k-90ep.yaml", [])
     plan = BatchPlan.of(recipe, IMAGENET, processes)
-    schedule = build_schedule(recipe, plan)
+    schedule = Schedule.of(recipe, plan)
     assert plan.steps == 3519
     assert [schedule.rate(s) for s in (0, 100, 1000)] == pytest.approx([0.0, 5.846, 22.994], abs=0.001)  # w = 547.4, T = 3518.8

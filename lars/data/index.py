@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.config import Data, RecipeError
+from lars.config import Data, RecipeError, one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _resolve(data: Data) -> dict[str, list[str]]:
 
     path = os.path.expanduser(data.path)
     local = os.path.isdir(path)
-    if not local and (path.startswith((".", "/")) or path.count("/") != 1):
+    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(f"data.path={data.path}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):
         raise RecipeError(f"data.path={data.path} holds no .parquet file")
@@ -76,14 +76,14 @@ def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if any(isinstance(e, gated) or "gated" in str(e).lower() for e in chain):
+    if any(isinstance(e, gated) or "is a gated dataset" in str(e) for e in chain):
         return (
             f"data.path={path} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then run "
             "`hf auth login` (or set HF_TOKEN) on every node"
         )
-    if any(isinstance(e, ConnectionError) or "reach" in str(e) for e in chain):
+    if any(isinstance(e, ConnectionError) for e in chain):
         return f"data.path={path}: no folder of that name here, and the Hub cannot be reached"
-    return f"data.path={path}: {str(error).splitlines()[0]}"
+    return f"data.path={path}: {one_line(error)}"
 
 
 def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int) -> Index:
@@ -120,7 +120,7 @@ def _footer(name: str) -> tuple[bytes, pq.FileMetaData]:
     try:
         return raw, pq.read_metadata(io.BytesIO(b"PAR1" + raw + tail))
     except (pa.ArrowException, OSError) as error:
-        raise RecipeError(f"{name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}") from None
 
 
 def _check_columns(name: str, schema: pa.Schema, data: Data) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from lars.data.index import Index
 from lars.keyed import mix64, permutation
 
-WINDOW_ROW_GROUPS = 8
+WINDOW_ROW_GROUPS = 4
 _ROW_GROUPS, _WINDOW = 1, 2  # what a random key is for
 
 

@@ -66,4 +66,6 @@ def test_labels_mix_even_where_files_are_sorted_by_class() -> None:
     data = index(50_000, 100, 10)
     order = Order(data, 0, 1_024, 64)
     labels = order.ids(10, range(1_024)) // 500  # 100 classes in order
-    assert len(np.unique(labels)) > 60
+    # 16 lanes draw from windows of 4 row groups each, 64 of the 500: 47 classes of 100 are to be expected, read in order 3
+    assert len(np.unique(labels)) > 40
+    assert len(np.unique(np.arange(10 * 1_024, 11 * 1_024) // 500)) == 3

@@ -119,14 +119,16 @@ def test_one_step_is_what_plain_torch_computes(tmp_path: Path, tiny: tuple[str, 
         torch.testing.assert_close(ours[name].double(), buffers[name] + change, rtol=1e-5, atol=1e-6)
 
 
-def test_ddp_takes_the_same_step_up_to_rounding(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_determinism_the_step_is_the_same_up_to_rounding(processes: int, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    """DDP's own float sum with two processes; one process sums by itself."""
     weights = {}
     for deterministic in ("true", "false"):
         run = tmp_path / deterministic
         keys = ("schedule.warmup_lr=4.0", "max_steps=1", f"runtime.deterministic={deterministic}", f"run_dir={run}")
-        play(2, DEMO / "resnet50.yaml", *tiny, *keys, log=tmp_path / "log")
+        play(processes, DEMO / "resnet50.yaml", *tiny, *keys, log=tmp_path / "log")
         weights[deterministic] = load_file(run / "checkpoints/step-00000001/model.safetensors")
-    assert read_result(run)["engine"] == "ddp" and read_result(run)["reproducibility"] == "numeric"
+    assert read_result(run)["engine"] == ("ddp" if processes == 2 else "plain") and read_result(run)["reproducibility"] == "numeric"
     torch.manual_seed(0)
     start = timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1]).state_dict()
     for name, exact in weights["true"].items():
@@ -186,6 +188,36 @@ def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(tmp
     errors = [line for line in other.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "optimizer.lr: 16.0 -> 3.0" in errors[0] and "run_dir=" in errors[0]
     assert read_result(run)["steps"] == 25 and read_result(run)["status"] == "finished"
+
+
+def test_a_run_that_died_between_its_last_checkpoint_and_its_end_still_ends(tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(tiny_runs[1], run)
+    whole = read_result(run)
+    (run / "result.json").write_text(json.dumps({**whole, "status": "running", "top1": None, "weights_sha256": None}))
+    (run / "metrics.jsonl").open("a").write('{"kind": "train", "st')  # a line that the crash cut off
+    play(2, DEMO / "resnet50.yaml", *tiny, "max_steps=24", "ledger=true", f"run_dir={run}", log=log)
+    for key in ("status", "top1", "weights_sha256", "samples_hash"):
+        assert read_result(run)[key] == whole[key]
+    assert len(read_lines(run / "metrics.jsonl", "train")) == 24
+
+
+def test_a_label_that_one_rank_alone_reads_is_told_by_that_rank(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "data"
+    shutil.copytree(tiny[0].removeprefix("data.path="), folder)
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file)
+        if file.name.startswith("train-00001"):  # only its last row group has a wrong label; statistics would tell at once
+            labels = table["label"].to_pylist()
+            table = table.set_column(1, "label", [[*labels[:-1], 10]])
+        pq.write_table(table, file, row_group_size=50, write_statistics=False)
+    overrides = (f"data.path={folder}", *tiny[1:], "epochs=3", f"run_dir={tmp_path / 'run'}")
+    ranks = start_ranks(2, DEMO / "resnet50.yaml", *overrides, log=tmp_path / "log")
+    assert sorted(ranks.wait()) in ([1, 2], [2, 2])
+    assert "has labels" in ranks.output and "model.num_classes=11" in ranks.output
+    assert read_result(tmp_path / "run")["status"] == "failed"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer(tmp_path: Path, tiny: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ def test_layers_and_parameter_counts(name: str, parameters: int, order: str) -> 
 @pytest.mark.parametrize(("name", "conv_biases", "last_bias"), [("alexnet", [0, 0.1, 0, 0.1, 0.1], 0), ("alexnet_bn_post", [0.01] * 5, 0.01), ("alexnet_bn", [None] * 5, 0)])
 def test_first_weights(name: str, conv_biases: list, last_bias: float) -> None:
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    model = timm.create_model(name).requires_grad_(False)
     convolutions = [m for m in model.features if isinstance(m, nn.Conv2d)]
     for layer, std in [*((c, 0.01) for c in convolutions), (model.fc6, 0.005), (model.fc7, 0.005), (model.fc8, 0.01)]:
         n = layer.weight.numel()
