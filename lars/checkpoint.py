@@ -37,6 +37,8 @@ def save(run: Path, state: State, model: nn.Module, optimizer: torch.optim.Optim
     """Write one checkpoint and remove all but the newest `keep`."""
     folder = run / "checkpoints"
     target, temporary = folder / f"step-{state.step:08d}", folder / f".step-{state.step:08d}"
+    if target.is_dir():  # stopped before the next step ended
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {unwrapped_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -50,7 +52,6 @@ def save(run: Path, state: State, model: nn.Module, optimizer: torch.optim.Optim
     (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
     for file in temporary.iterdir():
         _sync(file)
-    shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
     _sync(folder)
     for old in saved(run)[:-keep]:

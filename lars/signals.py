@@ -1,4 +1,4 @@
-"""Stopping in order: SIGTERM and SIGUSR1 ask a run to save and end; the step under way is finished first."""
+"""Stopping in order: SIGTERM and SIGUSR1 ask a run to drop the step under way, save the last finished one and end."""
 from __future__ import annotations
 
 import signal

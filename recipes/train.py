@@ -19,7 +19,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, gather, gather_object
 
-from lars import checkpoint, config
+from lars import bind, checkpoint, config
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
 from lars.data.index import Index, build_indexes, fingerprint
@@ -55,6 +55,7 @@ class Training:
         self.engine.prepare(model, ghosts)
         self.model = self.engine.model
         self.optimizer = build_optimizer(recipe, self.model)
+        bind(self.engine.called, self.optimizer)
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.fingerprint = fingerprint(self.train_index, self.val_index)
@@ -98,18 +99,19 @@ class Training:
         try:
             while self.step < self.last_step:
                 started = time.perf_counter()
-                loss, lr, stop = self.train_step(batches, slots)
+                loss, lr = self.train_step(batches, slots)
+                if loss is None:
+                    self.save()
+                    self.folder.end("preempted", **self.position())
+                    progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
+                    return EXIT_STOPPED
                 took = time.perf_counter() - started
                 self.seconds += took
                 self.log_step(progress, loss, lr, took)
                 if self.step in evaluations:
                     self.evaluate(progress)
-                if stop or self.step in saves or self.step == self.last_step:
+                if self.step in saves or self.step == self.last_step:
                     self.save()
-                if stop and self.step < self.last_step:
-                    self.folder.end("preempted", **self.position())
-                    progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
-                    return EXIT_STOPPED
             if self.evaluation.get("step") != self.step:  # it was stopped here before, by a signal or a crash
                 self.evaluate(progress)
         finally:
@@ -122,10 +124,12 @@ class Training:
         progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
         return 0
 
-    def train_step(self, batches: Iterator[Batch], slots: list[range]) -> tuple[float, float, bool]:
-        """One optimizer step; returns its mean loss, its rate and whether some process was asked to stop."""
-        consumed, bad, ids = 0, 0, []
+    def train_step(self, batches: Iterator[Batch], slots: list[range]) -> tuple[float | None, float]:
+        """One optimizer step; returns its mean loss and its rate. The loss is None if the step was dropped for a signal."""
+        consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
         for index, part in zip(self.plan.local_passes(self.rank), slots):
+            if self.stop.asked and not self.engine.exchanges_itself:  # DDP's exchange cannot be left out by one rank
+                break
             batch = next(batches)
             with self.engine.exchange(last=part is slots[-1]):
                 loss = self.engine.forward(batch.images, batch.labels, self.step, index)
@@ -137,11 +141,12 @@ class Training:
             ids.append(torch.from_numpy(batch.ids))
         self.sums.add_counts([consumed, bad, self.stop.asked])
         sums = self.sums.finish()
+        if sums.counts[2]:
+            return None, lr
         sums.bad_gradients += self.engine.bad_gradients()
         if sums.bad_gradients or sums.bad_floats:
             self.explain_nonfinite(sums, slots)
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
-        lr = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -154,7 +159,7 @@ class Training:
         if self.recipe.ledger:
             everywhere = gather(torch.cat(ids).to(self.engine.device)).tolist()
             self.folder.append("ledger.jsonl", {"step": self.step, "ids": everywhere})
-        return float(sums.floats[0]) / self.plan.passes, lr, sums.counts[2] > 0
+        return float(sums.floats[0]) / self.plan.passes, lr
 
     def explain_nonfinite(self, sums: StepSums, slots: list[range]) -> None:
         """Play the unfinished step again to find where it went wrong, and stop the run there."""
@@ -214,7 +219,7 @@ class Training:
             "epochs": self.epoch,
             "images": images,
             "seconds": round(self.seconds, 2),
-            "images_per_second": round(images / self.seconds, 1),
+            "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
             "samples_hash": f"{self.samples_hash:016x}",
         }
 
