@@ -90,6 +90,16 @@ def test_the_table_of_ways_to_sum_is_the_committed_measurement() -> None:
     assert not re.search("@[A-Z_]+@", text)
 
 
+def test_the_costs_on_the_card_are_the_committed_measurement() -> None:
+    text = (ROOT / "lars/README.md").read_text()
+    models = json.loads((ROOT / "tests/benchmarks/optimizer_step.json").read_text())["models"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    costs = {row[0]: row[1:] for row in rows if row[0] in models["resnet50"]}
+    assert len(costs) == 5
+    for rival, cells in costs.items():
+        assert cells == [f"{models[model][rival]['ratio']:.2f}" for model in ("resnet50", "alexnet")]
+
+
 def test_the_two_lines_in_the_readme_run() -> None:
     text = (ROOT / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "lars.LARS" in b)
