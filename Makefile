@@ -31,7 +31,7 @@ test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long"
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '$(PYTHON) -m pytest -m long -v --no-header | tee tests/long.log'
+	bash -o pipefail -c '$(PYTHON) -m pytest -m long -vv --no-header | tee tests/long.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
