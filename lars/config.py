@@ -163,7 +163,8 @@ _HOLDS = {
 }
 
 
-model_files: list[Path] = []  # every file that `import_model_file` has run: they are sources of the run
+model_files: dict[Path, list[Path]] = {}  # each `model.py` that was run, and those that it ran in turn: a run's sources
+_running: list[Path] = []
 
 
 def load(path: str | Path, overrides: list[str]) -> Recipe:
@@ -221,11 +222,15 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
 def import_model_file(folder: Path) -> None:
     """Run the `model.py` in a recipe's folder, if there is one, so that it registers its models with timm."""
     file = (Path(folder) / "model.py").resolve()
+    for outer in _running:
+        model_files[outer].append(file)
     if file.is_file() and file not in model_files:
-        model_files.append(file)
+        model_files[file] = []
         spec = importlib.util.spec_from_file_location(f"recipe_model_{len(model_files)}", file)
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        _running.append(file)
         spec.loader.exec_module(sys.modules[spec.name])
+        _running.pop()
 
 
 def _override(item: str) -> DictConfig:

@@ -153,7 +153,7 @@ def sources(config: Path) -> dict[str, str]:
     train = folder / "train.py" if (folder / "train.py").is_file() else folder.parent / "train.py"
     files = {f"lars/{p.relative_to(library)}": p for p in library.rglob("*.py")}
     files.update({f"recipe/{p.name}": p for p in (*folder.glob("*.py"), config)})
-    files.update({f"{p.parent.name}/{p.name}": p for p in model_files})
+    files.update({f"{p.parent.name}/{p.name}": p for p in model_files.get(folder / "model.py", [])})
     if train.is_file():
         files["train.py"] = train
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}

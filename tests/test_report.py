@@ -107,6 +107,7 @@ def test_the_model_file_of_another_folder_is_a_source() -> None:
 
     import_model_file(DEMO)
     assert "alexnet/model.py" in sources(DEMO / "alexnet.yaml")
+    assert "alexnet/model.py" not in sources(ROOT / "recipes/resnet50/lars-b32k-90ep.yaml")
 
 
 def test_a_finished_run_of_other_sources_is_set_aside_an_unfinished_one_resumes(tmp_path: Path) -> None:
