@@ -30,7 +30,7 @@ class RunFolder:
 
     def open(self, recipe: Recipe, config_file: Path, step: int, facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`."""
-        before = read_result(self.path) if step else {}
+        before, files = read_result(self.path) if step else {}, sources(config_file)
         self.result = {
             "recipe": recipe.name,
             "status": "running",
@@ -44,7 +44,7 @@ class RunFolder:
             "images_per_second": before.get("images_per_second"),
             "weights_sha256": None,
             "samples_hash": None,
-            "source_sha256": source_sha256(config_file),
+            "source_sha256": source_sha256(files),
             "versions": versions(),
             **facts,
         }
@@ -52,7 +52,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-        (self.path / "sources.json").write_text(json.dumps(sources(config_file), indent=1) + "\n")
+        (self.path / "sources.json").write_text(json.dumps(files, indent=1) + "\n")
         for name in ("metrics.jsonl", "ledger.jsonl"):
             _cut_back(self.path / name, step)
         self._write_result()
@@ -159,9 +159,9 @@ def sources(config: Path) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
 
 
-def source_sha256(config: Path) -> str:
-    """One SHA-256 over `sources`."""
-    return hashlib.sha256(json.dumps(sources(config)).encode()).hexdigest()
+def source_sha256(files: dict[str, str]) -> str:
+    """One SHA-256 over what `sources` gave."""
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
