@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,27 +22,65 @@ from lars.optimizer import LARS, ShardingError
 View = Callable[[Tensor], Tensor]
 
 
+class Piece(NamedTuple):
+    """A slice of a layer: elements from `start` on of the flattened parameter."""
+
+    layer: int
+    start: int
+    view: View  # cuts the slice out of the engine's tensor, its gradient or its velocity
+
+
 @dataclass
 class Layout:
-    """Where the slices of layers stand in the tensors that an engine's optimizer holds.
+    """Where the slices of layers stand in the tensors that an engine's optimizer holds."""
 
-    pieces: {id(tensor): [(layer, view)]}; the view cuts the layer's slice out of that tensor, its gradient or velocity.
-    """
-
-    layers: int
     group: dist.ProcessGroup | None
-    pieces: dict[int, list[tuple[int, View]]] = field(default_factory=dict)
+    parameters: list[Tensor] = field(default_factory=list)  # the model's own, one for each layer
+    sizes: list[int] = field(default_factory=list)  # their elements
+    pieces: dict[Tensor, list[Piece]] = field(default_factory=dict)  # by the engine's tensor
+
+    @property
+    def layers(self) -> int:
+        return len(self.parameters)
 
     def cut(self, tensor: Tensor) -> list[tuple[int, View]]:
         """The slices in one of the optimizer's tensors; those without elements are left out."""
-        if id(tensor) not in self.pieces:
+        if tensor not in self.pieces:
             raise ShardingError("an engine has put a tensor into LARS that was not there at bind: bind again")
-        return self.pieces[id(tensor)]
+        return [(piece.layer, piece.view) for piece in self.pieces[tensor]]
 
     def squared_norms(self, squares: Tensor) -> Tensor:
         """Sum over processes, shape (2, layers): squared norms of weights and of gradients, in float32."""
         dist.all_reduce(squares, group=self.group)
         return squares
+
+    def gather(self, value_of: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(model's parameter, whole flat value) for each layer, on all processes; iterate to the end on each.
+
+        Args:
+            value_of: from one of the optimizer's float32 tensors to the tensor wanted: itself, or its velocity.
+        """
+        held: dict[int, list[tuple[Tensor, Piece]]] = {}
+        for tensor, pieces in self.pieces.items():
+            for piece in pieces:
+                held.setdefault(piece.layer, []).append((tensor, piece))
+        device = next(iter(self.pieces)).device
+        for layer, (parameter, size) in enumerate(zip(self.parameters, self.sizes)):
+            whole = torch.zeros(size, device=device)
+            for tensor, piece in held.get(layer, []):
+                part = piece.view(value_of(tensor))
+                whole[piece.start : piece.start + part.numel()] = part
+            dist.all_reduce(whole.view(torch.int32), group=self.group)  # bits, so that -0.0 stays -0.0
+            yield parameter, whole
+
+    def scatter(self, whole_of: Callable[[Tensor], Tensor | None], value_of: Callable[[Tensor], Tensor]) -> None:
+        """The reverse of `gather`: cut this process's slices out of whole values (None leaves a layer as it is)."""
+        for tensor, pieces in self.pieces.items():
+            for layer, start, view in pieces:
+                whole = whole_of(self.parameters[layer])
+                if whole is not None:
+                    part = view(value_of(tensor))
+                    part.copy_(whole.reshape(-1)[start : start + part.numel()])
 
 
 def bind(model: nn.Module, optimizer: Any) -> None:
@@ -81,7 +119,11 @@ def _of_deepspeed(zero: Any) -> Layout:
     """The layout of DeepSpeed's own optimizer, read from the attributes that its stages keep."""
     if any(getattr(zero, flag, False) for flag in ("cpu_offload", "offload_optimizer", "swap_optimizer")):
         raise ShardingError("the optimizer is offloaded, where DeepSpeed steps on copies: set offload_optimizer to none")
-    readers = {"DeepSpeedZeroOptimizer": _of_stage_1_or_2, "DeepSpeedZeroOptimizer_Stage3": _of_stage_3}
+    readers = {
+        "DeepSpeedZeroOptimizer": _of_stage_1_or_2,
+        "DeepSpeedZeroOptimizer_Stage3": _of_stage_3,
+        "BF16_Optimizer": _of_bf16_stage_1,
+    }
     name = type(zero).__name__
     if name not in readers:
         raise ShardingError(f"{name} of {_deepspeed_version()} is not a layout that LARS knows")
@@ -90,34 +132,41 @@ def _of_deepspeed(zero: Any) -> Layout:
         slices = list(slices)
     except (AttributeError, IndexError, TypeError) as error:
         raise ShardingError(f"{name} of {_deepspeed_version()} is not laid out as LARS knows it: {error}") from error
-    numbers: dict[int, int] = {}
-    sizes: list[int] = []
-    layout = Layout(0, group)
-    found: list[tuple[int, int]] = []
-    for flat, parameter, size, start, length in slices:
-        layer = numbers.setdefault(id(parameter), len(numbers))
-        if layer == len(sizes):
-            sizes.append(size)
-        pieces = layout.pieces.setdefault(id(flat), [])
+    layout = Layout(group)
+    numbers: dict[Tensor, int] = {}
+    for flat, parameter, size, flat_start, start, length in slices:
+        layer = numbers.setdefault(parameter, len(numbers))
+        if layer == layout.layers:
+            layout.parameters.append(parameter)
+            layout.sizes.append(size)
+        pieces = layout.pieces.setdefault(flat, [])
         if length:
-            pieces.append((layer, lambda t, start=start, length=length: t.view(-1).narrow(0, start, length)))
-            found.append((layer, length))
-    layout.layers = len(sizes)
-    _check_complete(sizes, found, group, name, slices[0][0].device)
+            pieces.append(Piece(layer, start, lambda t, a=flat_start, n=length: t.view(-1).narrow(0, a, n)))
+    _check_complete(layout, name)
     return layout
 
 
-def _check_complete(sizes: list[int], found: list[tuple[int, int]], group: Any, name: str, device: torch.device) -> None:
+def _check_complete(layout: Layout, name: str) -> None:
     """All processes together must hold every element of every layer exactly once."""
-    held = torch.zeros(len(sizes), dtype=torch.int64, device=device)
-    for layer, length in found:
-        held[layer] += length
-    dist.all_reduce(held, group=group)
-    if held.tolist() != sizes:
+    held = torch.zeros(2, layout.layers, dtype=torch.int64)
+    for tensor, pieces in layout.pieces.items():
+        for layer, start, view in pieces:
+            length = view(tensor).numel()
+            held[:, layer] += torch.tensor([length, length * (2 * start + length - 1) // 2])  # count, sum of positions
+    held = held.to(next(iter(layout.pieces)).device)
+    dist.all_reduce(held, group=layout.group)
+    if held.tolist() != [layout.sizes, [n * (n - 1) // 2 for n in layout.sizes]]:
         raise ShardingError(f"{name} of {_deepspeed_version()} does not hold every weight once: its layout has changed")
 
 
-Slice = tuple[Tensor, Tensor, int, int, int]  # flat tensor, parameter, its elements, start in the flat tensor, length
+# flat tensor, parameter, its elements; where the slice starts in the flat tensor and in the parameter; its length
+Slice = tuple[Tensor, Tensor, int, int, int, int]
+
+
+def _overlap(flat: Tensor, p: Tensor, offset: int, begin: int) -> Slice:
+    """The part of a parameter at `offset` of a group's buffer that lies in the partition [begin, begin + len(flat))."""
+    first, last = max(offset, begin), min(offset + p.numel(), begin + flat.numel())
+    return flat, p, p.numel(), max(first - begin, 0), max(first - offset, 0), max(last - first, 0)
 
 
 def _of_stage_1_or_2(zero: Any) -> tuple[Any, Iterator[Slice]]:
@@ -126,9 +175,20 @@ def _of_stage_1_or_2(zero: Any) -> tuple[Any, Iterator[Slice]]:
             begin = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
             # The order in the buffer is the round-robin one; `_hp_mapping` follows it only where there is padding.
             for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-                start = max(offset - begin, 0)
-                stop = min(offset + p.numel() - begin, zero.partition_size[i])
-                yield flat, p, p.numel(), start, max(0, stop - start)
+                yield _overlap(flat, p, offset, begin)
+
+    return zero.real_dp_process_group[0], slices()
+
+
+def _of_bf16_stage_1(zero: Any) -> tuple[Any, Iterator[Slice]]:
+    """DeepSpeed's `bf16` section on stage 1 with float32 accumulation: bf16 weights, float32 masters in partitions."""
+
+    def slices() -> Iterator[Slice]:
+        for i, flat in enumerate(zero.fp32_groups_flat_partition):
+            begin, offset = dist.get_rank(zero.real_dp_process_group[i]) * flat.numel(), 0
+            for p in zero.bf16_groups[i]:
+                yield _overlap(flat, p, offset, begin)
+                offset += p.numel()
 
     return zero.real_dp_process_group[0], slices()
 
@@ -141,8 +201,9 @@ def _of_stage_3(zero: Any) -> tuple[Any, Iterator[Slice]]:
             offset = 0
             for p in parameters:
                 part = p.partition_numel()
-                held = min(max(p.ds_numel - dist.get_rank(group) * part, 0), part)  # the rest is padding
-                yield flat, p, p.ds_numel, offset, held
+                start = dist.get_rank(group) * part
+                held = min(max(p.ds_numel - start, 0), part)  # the rest is padding
+                yield flat, p, p.ds_numel, offset, start, held
                 offset += part
 
     return group, slices()
@@ -156,9 +217,10 @@ def _of_dtensors(tensors: list[Tensor]) -> Layout:
     sharded = {tuple(i for i, place in enumerate(p.placements) if isinstance(place, Shard)) for p in tensors}
     if len(sharded) != 1 or len(next(iter(sharded))) != 1 or any(place.is_partial() for p in tensors for place in p.placements):
         raise ShardingError("parameters must be sharded over exactly one dimension of the device mesh")
-    layout = Layout(len(tensors), next(iter(meshes)).get_group(next(iter(sharded))[0]))
+    layout = Layout(next(iter(meshes)).get_group(next(iter(sharded))[0]), tensors, [p.numel() for p in tensors])
     for layer, p in enumerate(tensors):
-        layout.pieces[id(p)] = [(layer, lambda t: t.to_local())] if p.to_local().numel() else []
+        # `start` is for flat slices only; whole DTensors come from `full_tensor`
+        layout.pieces[p] = [Piece(layer, 0, lambda t: t.to_local())] if p.to_local().numel() else []
     return layout
 
 
