@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lars.config import Recipe, RecipeError, trajectory
-from lars.run import unwrapped_name
 
 
 @dataclass
@@ -33,22 +31,16 @@ class State:
     trajectory: dict[str, Any]
 
 
-def save(run: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Write one checkpoint and remove all but the newest `keep`."""
+def save(run: Path, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor], keep: int) -> None:
+    """Write one checkpoint, from whole tensors by plain names, and remove all but the newest `keep`."""
     folder = run / "checkpoints"
     target, temporary = folder / f"step-{state.step:08d}", folder / f".step-{state.step:08d}"
     if target.is_dir():  # stopped before the next step ended
         return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = {unwrapped_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    momentum = {
-        unwrapped_name(name): optimizer.state[p]["momentum_buffer"].detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        if p in optimizer.state
-    }
-    save_file(weights, temporary / "model.safetensors")
-    save_file(momentum, temporary / "momentum.safetensors")
+    for name, tensors in (("model", weights), ("momentum", momentum)):
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
     for file in temporary.iterdir():
         _sync(file)
@@ -67,14 +59,14 @@ def read_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / "state.json").read_text()))
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Bring weights and momentum back, in place."""
-    weights = load_file(checkpoint / "model.safetensors")
-    model.load_state_dict({name: weights[unwrapped_name(name)] for name in model.state_dict()})
-    momentum = load_file(checkpoint / "momentum.safetensors")
-    for name, p in model.named_parameters():
-        if unwrapped_name(name) in momentum:
-            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[unwrapped_name(name)])
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Bring weights and statistics back into a plain model, in place."""
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+
+
+def load_momentum(checkpoint: Path) -> dict[str, Tensor]:
+    """{parameter name: whole velocity}."""
+    return load_file(checkpoint / "momentum.safetensors")
 
 
 def check_same_run(state: State, recipe: Recipe, data_fingerprint: str) -> None:

@@ -1,4 +1,8 @@
-"""Builds what the launch file asks for, asserts that it is that, and names it."""
+"""Builds what the launch file asks for, asserts that it is that, and names it.
+
+Here are the plain engine (one process, or data parallel with the order-free sum) and DDP; `engine_deepspeed.py` and
+`engine_fsdp2.py` change of it what DeepSpeed and FSDP2 do in their own way.
+"""
 from __future__ import annotations
 
 import os
@@ -12,10 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, did_you_mean, one_line
 from lars.ghost_batchnorm import GhostBatchNorm2d, convert
 from lars.keyed import mix64
+from lars.launched import Launched
 from lars.optimizer import LARS
+from lars.run import unwrapped_name
 
 _DROPOUT = 4  # what a random key is for
 
@@ -50,21 +57,37 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> LARS:
     return LARS([{"params": trained, "adapt": False}], **common)
 
 
+def start_engine(recipe: Recipe, launched: Launched) -> Engine:
+    """Start the processes that the launcher asked for, with the engine that the launch file names."""
+    if launched.deepspeed:
+        from lars.engine_deepspeed import DeepSpeed
+
+        return DeepSpeed(recipe, launched)
+    if launched.engine == "fsdp2":
+        from lars.engine_fsdp2 import FSDP2
+
+        return FSDP2(recipe, launched)
+    return Engine(recipe, launched)
+
+
 class Engine:
     """Forward and backward of a pass on this process's device, the same for every number of processes.
 
     In the deterministic mode (`bitwise`) each process holds the whole model and the order-free sum exchanges the
     gradient. Otherwise (`numeric`) DDP exchanges it during the last pass's backward, in floating point.
+
+    `model` is the model itself, `called` what an engine wrapped around it.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.reproducibility = "bitwise" if recipe.runtime.deterministic else "numeric"
+    on_cpu = True  # whether accelerate has to be told that there is no GPU
+
+    def __init__(self, recipe: Recipe, launched: Launched) -> None:
+        self.recipe, self.launched = recipe, launched
         cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         _pin_arithmetic(recipe, cpu)
         backend = None if "WORLD_SIZE" not in os.environ else "gloo" if cpu else "nccl"  # named, or accelerate finds none
         self.accelerator = Accelerator(
-            cpu=cpu,
+            cpu=cpu and self.on_cpu,
             mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
             log_with=recipe.trackers or None,
             project_dir=recipe.run_dir,
@@ -75,13 +98,18 @@ class Engine:
         )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
-        _assert_processes(self.accelerator)
+        _assert_processes(self.accelerator, launched.processes)
+        ddp = launched.engine == "plain" and launched.processes > 1 and not recipe.runtime.deterministic
+        self.name = "ddp" if ddp else launched.engine
+        self.exchanges_itself = self.name != "plain"
+        self.reproducibility = "bitwise" if self.name == "plain" and recipe.runtime.deterministic else "numeric"
 
     def prepare(self, model: nn.Module, ghosts: list[GhostBatchNorm2d]) -> None:
         """Put the model on the device, as the recipe's `runtime` keys say."""
         runtime = self.recipe.runtime
         self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=self.memory_format)
+        # a sharded weight is cut from contiguous memory; its activations may be channels last all the same
+        self.model = model.to(self.device, memory_format=self.memory_format if self.name in ("plain", "ddp") else torch.contiguous_format)
         self.ghosts = ghosts
         self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
@@ -89,12 +117,17 @@ class Engine:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
             model.set_grad_checkpointing()
-        self.called = torch.compile(self.model) if runtime.compile else self.model
-        self.exchanges_itself = not runtime.deterministic and self.accelerator.num_processes > 1
+        if self.recipe.precision == "bf16":  # inside the model: DeepSpeed turns an autocast around it off
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+        self.called = self.evaluated = self.model
+
+    def wrap(self, optimizer: LARS, plan: BatchPlan) -> None:
+        """Build the engine around the model and the optimizer of its parameters."""
+        self.optimizer = optimizer
+        self.called = torch.compile(self.model) if self.recipe.runtime.compile else self.model
         if self.exchanges_itself:
             self.called = self.accelerator.prepare_model(self.called)
             assert isinstance(self.called, nn.parallel.DistributedDataParallel), type(self.called)
-        self.name = "ddp" if self.exchanges_itself else "plain"
 
     def forward(self, images: Tensor, labels: Tensor, step: int, pass_index: int) -> Tensor:
         """The mean loss of one pass; dropout depends on (seed, step, pass) alone.
@@ -123,12 +156,34 @@ class Engine:
         finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
         return [name for (name, _), fine in zip(named, finite) if not fine]
 
+    def step(self, lr: float) -> bool:
+        """One optimizer step at this rate; False if the engine left it out because the gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict with whole float32 weights and plain names; all processes call it together."""
+        return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def momentum(self) -> dict[str, Tensor]:
+        """{parameter name: whole velocity}; all processes call it together. Empty before the first step."""
+        state = self.optimizer.state
+        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters()]
+        return {name: state[p]["momentum_buffer"] for name, p in named if p in state}
+
+    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """The reverse of `momentum`."""
+        for name, p in self.model.named_parameters():
+            if unwrapped_name(name) in momentum:
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[unwrapped_name(name)])
+
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """float32 (n, num_classes); pixels are normalised on the device."""
         images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
-        images = images.contiguous(memory_format=self.memory_format)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            return model(images).float()
+        return model(images.contiguous(memory_format=self.memory_format)).float()
 
     def statistics(self) -> Tensor:
         """The batch norms' sums over the last forward's groups, one float64 vector."""
@@ -140,11 +195,6 @@ class Engine:
         parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
         for ghost, part in zip(self.ghosts, parts):
             ghost.update_running(*part.view(2, -1))
-
-
-def launched_processes() -> int:
-    """The process count of the launcher, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _pin_arithmetic(recipe: Recipe, cpu: bool) -> None:
@@ -161,9 +211,8 @@ def _pin_arithmetic(recipe: Recipe, cpu: bool) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _assert_processes(accelerator: Accelerator) -> None:
+def _assert_processes(accelerator: Accelerator, launched: int) -> None:
     """accelerate starts one process where a launch file asks for two CPU processes in the wrong words (its issue 2741)."""
-    launched = launched_processes()
     alone = "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.num_processes != launched or alone:
         raise RecipeError(

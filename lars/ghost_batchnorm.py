@@ -28,19 +28,24 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.group_sums: Tensor | None = None  # (2, C): sums over this forward's groups of mean and unbiased variance
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._normalise(x) if self.training else super().forward(x)
+        if self.affine:  # DeepSpeed's bf16 section leaves float32 statistics beside bf16 weights, which torch does not mix
+            affine = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        else:
+            affine = None, None
+        if self.training:
+            x = self._normalise(x, *affine)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, *affine, False, 0.0, self.eps)
         for module in (self.drop, self.act):
             x = x if module is None else module(x)
         return x
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         groups, sums = [], torch.zeros(2, self.num_features, dtype=torch.float64, device=x.device)
         for group in x.split(self.bn_group):
             # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
             statistics = self.running_mean.new_zeros(2, self.num_features)
-            groups.append(
-                F.batch_norm(group, statistics[0], statistics[1], self.weight, self.bias, True, 1.0, self.eps)
-            )
+            groups.append(F.batch_norm(group, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps))
             sums += statistics
         # Assigned, not added: activation checkpointing runs the forward again during backward.
         self.group_sums = sums

@@ -54,12 +54,15 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def print_groups(model: torch.nn.Module, optimizer: LARS) -> None:
-    """Which rule each tensor follows, found by dimension."""
+def group_table(model: torch.nn.Module, optimizer: LARS) -> str:
+    """Which rule each tensor follows, found by dimension; before an engine puts its slices in their place."""
     names = {p: name for name, p in model.named_parameters()}
     table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
     for group in optimizer.param_groups:
         members, rule = group["params"], "LARS" if group["adapt"] else "momentum SGD"
         count = f"{sum(p.numel() for p in members):,}"
         table.add_row(rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from lars import config
 from lars.config import RecipeError
+from lars.launched import environment_of
 from lars.report import report
 from lars.run import read_result, set_aside, sources
 
@@ -39,10 +40,11 @@ def launch_file(name: str | None) -> Path:
 
 
 def processes_of(file: Path, asked: int | None) -> int:
-    """The process count: what was asked, else all GPUs for gpu.yaml, else the file's own."""
-    if asked is None and file.stem == "gpu" and torch.cuda.is_available():
+    """The process count: what was asked, else all GPUs where the file does not say `use_cpu`, else the file's own."""
+    written = yaml.safe_load(file.read_text())
+    if asked is None and torch.cuda.is_available() and not written.get("use_cpu"):
         return torch.cuda.device_count()
-    return asked or yaml.safe_load(file.read_text())["num_processes"]
+    return asked or written["num_processes"]
 
 
 def launch_command(file: Path, processes: int, recipe: Path, overrides: list[str]) -> list[str]:
@@ -82,7 +84,7 @@ def reproduce(
         RecipeError: the recipe or its data cannot be trained; train.py has said why.
     """
     check = [sys.executable, "recipes/train.py", "--config", str(recipe), "--check", "--processes", str(processes), *overrides]
-    if subprocess.run(check).returncode:
+    if subprocess.run(check, env={**os.environ, **environment_of(launch)}).returncode:
         raise RecipeError(f"{recipe} was not started")
     run = Path(config.load(recipe, overrides).run_dir)
     prepare_folder(run, recipe, fresh, say)

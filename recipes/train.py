@@ -25,10 +25,12 @@ from lars.config import Recipe, RecipeError
 from lars.data.index import Index, build_indexes, fingerprint
 from lars.data.loader import Batch, training_batches
 from lars.data.order import Order, samples_hash
-from lars.engine import Engine, build_model, build_optimizer, launched_processes
+from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
+from lars.launched import Launched
 from lars.nonfinite import first_bad_layer
-from lars.progress import Progress, print_groups
+from lars.optimizer import ShardingError
+from lars.progress import Progress, group_table
 from lars.reduction import OrderFreeSum, StepSums
 from lars.run import RunFolder, environment, read_result, weights_sha256
 from lars.schedule import Schedule
@@ -38,32 +40,35 @@ from lars.signals import EXIT_STOPPED, StopRequest
 class Training:
     """One run of a recipe on this process."""
 
-    def __init__(self, recipe: Recipe, config_file: Path, indexes: tuple[Index, Index] | None, plan: BatchPlan | None) -> None:
+    def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, checked: tuple[Index, Index, BatchPlan] | None) -> None:
         """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
         self.recipe, self.config_file, self.running = recipe, config_file, False
-        self.engine = Engine(recipe)
+        self.engine = start_engine(recipe, launched)
         self.stop = StopRequest()  # from here on: until the processes have met, SIGTERM ends them at once
         self.rank = self.engine.rank
-        (self.train_index, self.val_index), self.plan = broadcast_object_list([indexes, plan])
+        self.train_index, self.val_index, self.plan = broadcast_object_list([checked])[0]
         self.folder = RunFolder(recipe, writes=self.rank == 0)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
 
     def setup(self) -> bool:
         """Model, optimizer, schedule, sample order, the newest checkpoint; False if the run is finished already."""
         recipe, plan = self.recipe, self.plan
-        model, ghosts = build_model(recipe)
-        self.engine.prepare(model, ghosts)
-        self.model = self.engine.model
-        self.optimizer = build_optimizer(recipe, self.model)
-        bind(self.engine.called, self.optimizer)
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.fingerprint = fingerprint(self.train_index, self.val_index)
+        self.model, ghosts = build_model(recipe)
+        saved = self._resume()
+        self.engine.prepare(self.model, ghosts)
+        optimizer = build_optimizer(recipe, self.model)
+        groups = group_table(self.model, optimizer)
+        self.engine.wrap(optimizer, plan)
+        bind(self.engine.called, optimizer)
+        if saved:
+            self.engine.load_momentum(checkpoint.load_momentum(saved))
         summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         statistics = sum(2 * ghost.num_features for ghost in ghosts)
         self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
-        self._resume()
         before = read_result(recipe.run_dir)
         if before.get("status") == "finished" and before["steps"] >= self.last_step:
             if self.rank == 0:
@@ -85,7 +90,7 @@ class Training:
         if self.rank == 0:
             engine = f"{self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}"
             print(f"{recipe.name}: {plan.start_up_line()} | {engine}", flush=True)
-            print_groups(self.model, self.optimizer)
+            print(groups, flush=True)
         return True
 
     def train(self) -> int:
@@ -117,7 +122,7 @@ class Training:
         finally:
             progress.close()
             batches.close()
-        digest = weights_sha256(self.model.state_dict())
+        digest = weights_sha256(self.engine.weights())
         if len(set(gather_object([digest]))) > 1:
             raise RuntimeError("the processes ended with different weights")
         self.folder.end("finished", weights_sha256=digest, **self.position())
@@ -147,10 +152,8 @@ class Training:
         if sums.bad_gradients or sums.bad_floats:
             self.explain_nonfinite(sums, slots)
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.engine.step(lr):
+            self.explain_nonfinite(sums, slots)
         self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.bad_images += sums.counts[1]
@@ -167,9 +170,10 @@ class Training:
         again = training_batches(self.order, self.train_index, self.recipe, slots, self.step)
         for index, batch in zip(self.plan.local_passes(self.rank), again):
             forward = lambda: self.engine.forward(batch.images, batch.labels, self.step, index)  # noqa: E731
-            found = found or first_bad_layer(self.model, forward)
+            here = first_bad_layer(self.model, forward)  # on all processes, which may have to gather weights for it
+            found = found or here
         again.close()
-        where = [f for f in gather_object([found]) if f] + [f"gradient of {name}" for name in reversed(sums.bad_gradients)] + ["loss"]
+        where = [f for f in gather_object([found]) if f] + [f"gradient of {name}" for name in reversed(sums.bad_gradients)] + ["gradient"]
         raise FloatingPointError(
             f"step {self.step + 1}: not finite or beyond range, first in {where[0]}; the checkpoint of the last good step stays. "
             "A lower optimizer.lr or a longer schedule.warmup_epochs is the usual remedy"
@@ -192,12 +196,13 @@ class Training:
         self.audited, self.hash_at_audit = self.step, self.samples_hash
 
     def save(self) -> None:
-        """Write a checkpoint (rank 0; all ranks hold the same tensors) of samples that are audited."""
+        """Write a checkpoint (rank 0; the weights may lie in slices on all) of samples that are audited."""
         self.audit()
+        weights, momentum = self.engine.weights(), self.engine.momentum()
         if self.rank == 0:
             progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
             state = checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe))
-            checkpoint.save(self.folder.path, state, self.model, self.optimizer, self.recipe.checkpoint.keep)
+            checkpoint.save(self.folder.path, state, weights, momentum, self.recipe.checkpoint.keep)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float) -> None:
         rate = self.plan.global_batch / took
@@ -231,27 +236,29 @@ class Training:
         """End the trackers and the process group; a process that leaves its group open can abort at exit."""
         self.engine.accelerator.end_training()
 
-    def _resume(self) -> None:
+    def _resume(self) -> Path | None:
+        """Load the newest checkpoint's weights and numbers; its momentum has to wait for the engine."""
         saved = checkpoint.saved(self.folder.path)
         if not saved:
-            return
+            return None
         state = checkpoint.read_state(saved[-1])
         checkpoint.check_same_run(state, self.recipe, self.fingerprint)
-        checkpoint.load(saved[-1], self.model, self.optimizer)
+        checkpoint.load_weights(saved[-1], self.model)
         self.step, self.samples_hash = state.step, state.samples_hash
         self.bad_images, self.seconds, self.evaluation = state.bad_images, state.seconds, state.evaluation
         if self.rank == 0:
             print(f"{self.recipe.name}: resuming after step {self.step} from {saved[-1]}", flush=True)
+        return saved[-1]
 
 
-def check(recipe: Recipe, processes: int) -> tuple[tuple[Index, Index], BatchPlan]:
+def check(recipe: Recipe, processes: int) -> tuple[Index, Index, BatchPlan]:
     """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model."""
     if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
         raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    indexes = build_indexes(recipe.data, recipe.model.num_classes)
-    plan = BatchPlan.of(recipe, indexes[0].samples, processes)
+    train, val = build_indexes(recipe.data, recipe.model.num_classes)
+    plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, build_model(recipe)[0])
-    return indexes, plan
+    return train, val, plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,14 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = config.load(args.config, args.overrides)
         config.import_model_file(args.config.parent)
-        processes = launched_processes() if args.processes is None else args.processes
-        indexes, plan = check(recipe, processes) if first or args.check else (None, None)
+        launched = Launched.read(recipe)
+        checked = check(recipe, args.processes or launched.processes) if first or args.check else None
         if args.check:
-            print(f"{recipe.name}: {plan.start_up_line()}")
+            print(f"{recipe.name}: {checked[-1].start_up_line()}")
             return 0
-        training = Training(recipe, args.config, indexes, plan)
+        training = Training(recipe, args.config, launched, checked)
         return training.train() if training.setup() else 0
-    except RecipeError as error:
+    except (RecipeError, ShardingError) as error:
         if first or training is not None and training.running:  # what one rank alone finds in its data, it alone can tell
             print(f"error: {error}", file=sys.stderr, flush=True)
         if training is not None:

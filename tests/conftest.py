@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes" / "demo"
 sys.path.insert(0, str(ROOT))  # for `recipes.train` and `recipes.alexnet.model`
+
+from lars.launched import environment_of  # noqa: E402
+
 
 def launch_line(processes: int, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
     """An `accelerate launch` line for CPU processes; train.py is the one of `recipe`'s repository."""
@@ -58,51 +63,62 @@ class Ranks:
         return self.log.read_text()
 
 
-def start_ranks(processes: int, recipe: Path, *overrides: str, log: Path) -> Ranks:
-    """What a launcher does: `processes` processes with torch's environment variables."""
+def start_ranks(
+    processes: int, recipe: Path, *overrides: str, log: Path, where: str = "", first: Callable[[], None] | None = None
+) -> Ranks:
+    """What a launcher does: `processes` processes with torch's variables, and those of the file `where` of launch/.
+
+    `first` is called in each process before it trains.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    ranks = [RANKS.Process(target=_rank, args=(r, processes, port, str(recipe), overrides, str(log))) for r in range(processes)]
+    variables = {} if processes == 1 and not where else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables |= environment_of(ROOT / "launch" / f"{where}.yaml") if where else {}
+    ranks = [RANKS.Process(target=_rank, args=(r, variables, str(recipe), overrides, str(log), first)) for r in range(processes)]
     for rank in ranks:
         rank.start()
     return Ranks(ranks, log)
 
 
-def _rank(rank: int, processes: int, port: int, recipe: str, overrides: tuple[str, ...], log: str) -> None:
+def _rank(rank: int, variables: dict[str, str], recipe: str, overrides: tuple[str, ...], log: str, first: Callable | None) -> None:
     os.chdir(ROOT)
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    if processes > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    if variables:
+        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=variables["WORLD_SIZE"], OMP_NUM_THREADS="1")
     from recipes.train import main
 
+    if first:
+        first()
     sys.exit(main(["--config", recipe, *overrides]))
 
 
-def play(processes: int, recipe: Path, *overrides: str, log: Path) -> str:
+def play(processes: int, recipe: Path, *overrides: str, **how: Any) -> str:
     """Run a recipe to its end on `processes` processes, expect success, return what they printed."""
-    ranks = start_ranks(processes, recipe, *overrides, log=log)
+    ranks = start_ranks(processes, recipe, *overrides, **how)
     assert ranks.wait() == [0] * processes, ranks.output
     return ranks.output
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def tiny_overrides(folder: Path) -> tuple[str, ...]:
     """Overrides of the demo's resnet50.yaml: 1,009 + 199 of its images (both prime), four blocks instead of sixteen.
 
-    12 passes of 8 images a step, so W = 1, 2, 3, 4, 6, 12.
+    12 passes of 8 images a step, so W = 1, 2, 3, 4, 6, 12. The images are written to `folder`.
     """
-    folder = tmp_path_factory.mktemp("data")
     for source, rows in (("train-00000-of-00005", 500), ("train-00001-of-00005", 509), ("validation-00000-of-00001", 199)):
         table = pq.read_table(DEMO / "data" / f"{source}.parquet").slice(0, rows)
         pq.write_table(table, folder / f"{source}.parquet", row_group_size=50)
     model = ("model.kwargs.layers=[1,1,1,1]", "global_batch=96", "bn_group=4", "runtime.micro_batch=8")
     return (f"data.path={folder}", *model, "trackers=[]")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return tiny_overrides(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,121 @@
+"""What the launch file asks for: how many processes, on which engine. It may change the speed of a run and nothing else.
+
+accelerate's launcher passes its file on in environment variables; they are read here, before any process group exists,
+and a setting that would change the trajectory is refused.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lars.config import Recipe, RecipeError, did_you_mean
+
+# DeepSpeed settings that cost or save time and memory. Everything else may change the run, so it is refused by name.
+_SPEED_KEYS = (
+    "zero_optimization zero_allow_untested_optimizer gradient_clipping communication_data_type data_types bf16 "
+    "wall_clock_breakdown memory_breakdown comms_logger flops_profiler dump_state steps_per_print"
+).split()
+_ZERO_KEYS = (
+    "stage overlap_comm contiguous_gradients reduce_scatter reduce_bucket_size allgather_bucket_size "
+    "allgather_partitions round_robin_gradients sub_group_size ignore_unused_parameters stage3_prefetch_bucket_size "
+    "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save"
+).split()
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The launcher's wishes. `engine` is "plain" (one process, or data parallel), "zero0" ... "zero3" or "fsdp2"."""
+
+    engine: str
+    processes: int
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # the DeepSpeed JSON
+
+    @classmethod
+    def read(cls, recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Launched:
+        """From the variables that `accelerate launch` sets; without a launcher one plain process.
+
+        Raises:
+            RecipeError: the launch file asks for something that would change the run.
+        """
+        processes = int(environment.get("WORLD_SIZE", 1))
+        if environment.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+            raise RecipeError("the launch file sets mixed_precision: remove it, `precision` of the recipe decides")
+        if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+            raise RecipeError("the launch file sets dynamo_config: remove it, runtime.compile=true compiles")
+        if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            config = _read_json(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+            _check_deepspeed(config, recipe)
+            launched = cls(f"zero{config['zero_optimization']['stage']}", processes, config)
+        elif environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            if environment.get("FSDP_VERSION") != "2" or environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+                raise RecipeError("FSDP works as version 2 without offload: fsdp_version: 2, as in launch/fsdp2.yaml")
+            launched = cls("fsdp2", processes)
+        else:
+            return cls("plain", processes)
+        if recipe.runtime.compile:
+            raise RecipeError(f"runtime.compile=true is for plain data parallel, not for {launched.engine}")
+        return launched
+
+
+def environment_of(launch_file: Path) -> dict[str, str]:
+    """The variables that `accelerate launch` makes of a launch file, as far as `Launched.read` looks at them."""
+    written = yaml.safe_load(launch_file.read_text())
+    kind = written.get("distributed_type")
+    found = {"ACCELERATE_USE_DEEPSPEED": str(kind == "DEEPSPEED"), "ACCELERATE_USE_FSDP": str(kind == "FSDP")}
+    if kind == "DEEPSPEED":
+        found["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(written.get("deepspeed_config", {}).get("deepspeed_config_file", ""))
+    if kind == "FSDP":
+        found["FSDP_VERSION"] = str(written.get("fsdp_config", {}).get("fsdp_version", 1))
+    return found
+
+
+def _read_json(file: str | None) -> dict[str, Any]:
+    if not file or file == "none":
+        raise RecipeError("the launch file has no deepspeed_config_file: name a JSON there, as launch/zero2.yaml does")
+    try:
+        config = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RecipeError(f"deepspeed_config_file {file} cannot be read from {Path.cwd().name}/: {error}") from None
+    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") not in (0, 1, 2, 3):
+        raise RecipeError(f"{file} needs zero_optimization.stage 0, 1, 2 or 3, as a number")
+    return config
+
+
+def _check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
+    zero = config["zero_optimization"]
+    for section, allowed in ((config, _SPEED_KEYS), (zero, _ZERO_KEYS)):
+        unknown = sorted(key for key in set(section) - set(allowed) if not _is_off(section[key]))
+        if unknown:
+            raise RecipeError(
+                f"DeepSpeed's {unknown[0]!r} may change the run, which the recipe alone decides: remove it from the JSON"
+                f"{did_you_mean(unknown[0], allowed)}"
+            )
+    if config.get("gradient_clipping") != 0:
+        raise RecipeError('the DeepSpeed JSON must say "gradient_clipping": 0.0: without it accelerate clips at 1.0')
+    if config.get("communication_data_type", "fp32") != "fp32":
+        raise RecipeError("DeepSpeed's communication_data_type must be fp32: gradients are added in float32")
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+    if accumulation not in (None, "fp32"):
+        raise RecipeError(f"DeepSpeed's data_types.grad_accum_dtype={accumulation}: gradients are added in float32, write fp32")
+    if config.get("bf16", {}).get("enabled"):
+        if recipe.precision != "bf16":
+            raise RecipeError(f"DeepSpeed's bf16 section contradicts precision={recipe.precision} of the recipe: remove the section")
+        if zero["stage"] == 0:
+            raise RecipeError("DeepSpeed's bf16 section does not work on stage 0: remove it, precision=bf16 is autocast over float32")
+        if accumulation is None or "communication_data_type" not in config:
+            raise RecipeError(
+                'DeepSpeed\'s bf16 section needs "data_types": {"grad_accum_dtype": "fp32"} and "communication_data_type": '
+                '"fp32": gradients are added in float32'
+            )
+
+
+def _is_off(value: Any) -> bool:
+    """A section that is there only to say that it is not used."""
+    return value in (None, False) or isinstance(value, dict) and (value.get("enabled") is False or value.get("device") == "none")

@@ -1,0 +1,250 @@
+"""Every engine through `recipes/train.py` and its launch file, against the plain engine in one process."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import DEMO, ROOT, play, start_ranks
+from distributed.parity import BUILT, RECIPE, bounds, differences, one_step, told, weights_after
+from lars.run import read_lines, read_result, weights_sha256
+from recipes.train import main
+
+SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> Path:
+    """Four steps of the plain engine in one process, all checkpoints kept."""
+    folder = tmp_path_factory.mktemp("control")
+    more = ("max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep=9", f"run_dir={folder / 'run'}")
+    play(1, RECIPE, *tiny, *more, log=folder / "log")
+    return folder / "run"
+
+
+def assert_same_step(weights: dict[str, torch.Tensor], control: Path, step: int, tiny: tuple[str, ...]) -> None:
+    found, allowed = differences(weights, control, step), bounds(control, step, tiny)
+    worst = max(found, key=lambda name: found[name] / allowed[name])
+    assert found[worst] <= allowed[worst], (worst, found[worst], allowed[worst])
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [
+        *((engine, 2) for engine in SHARDED),
+        *(pytest.param(engine, w, marks=pytest.mark.long) for engine in (*SHARDED, "ddp") for w in (1, 3)),
+    ],
+)
+def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: int, control: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    weights, printed = one_step(engine, processes, control, 2, tiny, run)
+    assert_same_step(weights, control, 2, tiny)
+    momentum, theirs = (load_file(r / "checkpoints/step-00000003/momentum.safetensors") for r in (run, control))
+    for name, velocity in theirs.items():  # float32 holds 7 digits, a step's rounding leaves 4 of them (see parity.py)
+        torch.testing.assert_close(momentum[name], velocity, rtol=0, atol=1e-4 * float(velocity.norm()))
+    if engine != "ddp" or processes > 1:
+        assert [tuple(built) for built in told(printed, "built")] == [BUILT[engine]] * processes
+    expected = 0 if engine in ("ddp", "zero0") else 1  # one all-reduce in all, whatever the number of parameter groups
+    assert sum(told(printed, "collectives")) == expected * processes
+    result = read_result(run)
+    assert (result["engine"], result["reproducibility"], result["world_size"]) == (engine if processes > 1 or engine != "ddp" else "plain", "numeric", processes)
+    assert result["weights_sha256"] == weights_sha256(load_file(run / "checkpoints/step-00000003/model.safetensors"))
+    assert read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199  # 25 chunks: not the same number on each process
+
+
+@pytest.mark.long
+def test_a_run_goes_on_over_changes_of_engine(control: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """plain -> ZeRO-2 -> ZeRO-3 -> FSDP2 -> plain, one step each; every step is bound to the one before by the control's rule."""
+    run = tmp_path / "run"
+    for step, engine in enumerate(("zero2", "zero3", "fsdp2", "")):
+        if step == 0:
+            play(1, RECIPE, *tiny, "max_steps=1", "checkpoint.keep=9", f"run_dir={run}", log=tmp_path / "log")
+        beside = tmp_path / f"control-{step}"  # what the plain engine makes of the same checkpoint
+        one_step("plain", 1, run, step + 1, tiny, beside)
+        play(2, RECIPE, *tiny, f"max_steps={step + 2}", "checkpoint.keep=9", f"run_dir={run}", log=tmp_path / "log", where=engine)
+        assert_same_step(weights_after(run, step + 2), beside, step + 1, tiny)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.long), "zero2", pytest.param("zero3", marks=pytest.mark.long)])
+def test_without_bind_a_sharded_run_ends_with_one_line(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    ranks = start_ranks(2, RECIPE, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log", where=engine, first=patch_bind_away)
+    assert ranks.wait() == [2, 2], ranks.output
+    assert "error: a parameter group holds other tensors" in ranks.output and "lars.bind" in ranks.output
+    assert read_result(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run/checkpoints").exists()
+
+
+def patch_bind_away() -> None:
+    from recipes import train
+
+    train.bind = lambda model, optimizer: None
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2", pytest.param("zero3", marks=pytest.mark.long)])
+def test_bf16_is_autocast_over_float32_weights(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """12 passes on 3 processes: the loss is divided by 4, which bf16 does exactly, so each pass has the plain engine's bits."""
+    plain = tmp_path / "plain"
+    more = ("precision=bf16", "checkpoint.every_steps=1", "checkpoint.keep=9")
+    play(1, RECIPE, *tiny, *more, "max_steps=2", f"run_dir={plain}", log=tmp_path / "log")
+    weights, _ = one_step(engine, 3, plain, 1, (*tiny, "precision=bf16"), tmp_path / "run")
+    assert_same_step(weights, plain, 1, tiny)
+
+
+def spoil_a_gradient() -> None:
+    """In rank 1: the second step's gradient of one layer is infinite, while every loss is finite."""
+    if os.environ["RANK"] == "1":
+        from recipes import train
+
+        build = train.build_model
+
+        def spoiled(recipe: object) -> tuple:
+            model, ghosts = build(recipe)
+            layer, calls = model.layer2[0].conv2, []
+
+            def hook(module: object, inputs: tuple, output: torch.Tensor) -> None:
+                if output.requires_grad:
+                    calls.append(1)
+                    output.register_hook(lambda g: g * (float("inf") if len(calls) > 6 else 1))
+
+            layer.register_forward_hook(hook)
+            return model, ghosts
+
+        train.build_model = spoiled
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero0", "zero1", "zero3", ""))])
+def test_a_gradient_that_is_not_finite_stops_every_engine(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = (*tiny, "checkpoint.every_steps=1", f"run_dir={run}")
+    ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine, first=spoil_a_gradient)
+    assert ranks.wait() == [1, 1], ranks.output
+    assert "FloatingPointError: step 2: not finite or beyond range, first in gradient" in ranks.output
+    assert read_result(run)["status"] == "failed" and [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001"]
+    assert all(w.isfinite().all() for w in weights_after(run, 1).values())
+
+
+@pytest.mark.parametrize("engine", ["zero3", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero1", "zero2", "fsdp2"))])
+def test_a_signal_saves_the_last_finished_step_and_the_run_resumes(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = (*tiny, "max_steps=30", f"run_dir={run}")
+    ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine)
+    while '"step": 3,' not in ((run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""):
+        assert ranks.processes[0].is_alive(), ranks.output
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait() == [75, 75], ranks.output
+    stopped = read_result(run)
+    assert stopped["status"] == "preempted" and 3 <= stopped["steps"] < 30
+    printed = play(2, RECIPE, *tiny, f"max_steps={stopped['steps'] + 1}", f"run_dir={run}", log=tmp_path / "log", where=engine)
+    assert f"resuming after step {stopped['steps']}" in printed and read_result(run)["status"] == "finished"
+
+
+@pytest.mark.parametrize("where", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero0", "zero1", "zero3", "fsdp2"))])
+def test_the_launch_file_works_with_accelerate_launch(where: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", f"launch/{where}.yaml", "--num_processes", "2"]
+    train = ["recipes/train.py", "--config", str(RECIPE), *tiny, "max_steps=2", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, *launch, *train], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_result(tmp_path / "run")
+    assert (result["status"], result["engine"], result["world_size"], result["steps"]) == ("finished", where, 2, 2)
+    assert "untested optimizer" not in done.stdout + done.stderr
+
+
+ZERO2 = json.loads((ROOT / "launch/zero2.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gradient_clipping": 1.0}, ['"gradient_clipping": 0.0', "accelerate clips"]),
+        ({"gradient_clipping": None}, ['"gradient_clipping": 0.0']),
+        ({"train_batch_size": 64}, ["'train_batch_size'", "the recipe alone decides"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["'offload_optimizer'"]),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, ["'zero_quantized_gradients'"]),
+        ({"zero_optimization": {"stage": "two"}}, ["stage 0, 1, 2 or 3"]),
+        ({"fp16": {"enabled": True}}, ["'fp16'"]),
+        ({"bf16": {"enabled": True}}, ["bf16 section", "precision=fp32"]),
+        ({"communication_data_type": "bf16"}, ["communication_data_type must be fp32"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype=bf16"]),
+    ],
+)
+def test_a_deepspeed_file_that_would_change_the_run_is_refused(
+    change: dict, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert words[0] in refusal({**ZERO2, **change}, (), tmp_path, monkeypatch, capsys, words)
+
+
+def refusal(
+    settings: dict, overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str]
+) -> str:
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps(settings))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert main(["--config", str(RECIPE), "--check", "--processes", "2", *overrides]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and all(word in lines[0] for word in words), lines
+    return lines[0]
+
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def test_deepspeed_s_own_bf16_is_refused_on_stage_0_and_with_bf16_accumulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stage0 = {**ZERO2, **BF16, "zero_optimization": {"stage": 0}}
+    refusal(stage0, ("precision=bf16",), tmp_path, monkeypatch, capsys, ["stage 0", "remove it"])
+    refusal({**ZERO2, "bf16": {"enabled": True}}, ("precision=bf16",), tmp_path, monkeypatch, capsys, ["grad_accum_dtype", "fp32"])
+
+
+def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for variables, words in (
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_config"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed_config_file"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert main(["--config", str(RECIPE), "--check"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_make_checks_a_launch_file_before_it_starts_anything(tmp_path: Path) -> None:
+    """`make reproduce-* LAUNCH=...` goes through `lars.reproduce`."""
+    (tmp_path / "bad.json").write_text(json.dumps({**ZERO2, "gradient_clipping": 1.0}))
+    (tmp_path / "bad.yaml").write_text((ROOT / "launch/zero2.yaml").read_text().replace("launch/zero2.json", str(tmp_path / "bad.json")))
+    command = [sys.executable, "-m", "lars.reproduce", "--launch", str(tmp_path / "bad.yaml"), str(DEMO / "resnet50.yaml"), f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and '"gradient_clipping": 0.0' in done.stderr and "accelerate launch" not in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_s_own_bf16_section_trains_saves_and_resumes(stage: int, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """bf16 weights in the model, float32 masters in LARS: the checkpoint holds the masters."""
+    settings = {**json.loads((ROOT / f"launch/zero{stage}.json").read_text()), **BF16}
+    (tmp_path / "bf16.json").write_text(json.dumps(settings))
+    text = (ROOT / f"launch/zero{stage}.yaml").read_text()
+    (tmp_path / "bf16.yaml").write_text(text.replace(f"launch/zero{stage}.json", str(tmp_path / "bf16.json")))
+    run = tmp_path / "run"
+    keys = (*tiny, "precision=bf16", "checkpoint.keep=9", f"run_dir={run}")
+    play(2, RECIPE, *keys, "max_steps=2", log=tmp_path / "log", where=str(tmp_path / "bf16"))
+    play(2, RECIPE, *keys, "max_steps=4", log=tmp_path / "log", where=str(tmp_path / "bf16"))
+    assert read_result(run)["status"] == "finished" and read_result(run)["engine"] == f"zero{stage}"
+    weights = weights_after(run, 4)["conv1.weight"].float()
+    assert not torch.equal(weights, weights.bfloat16().float())  # finer than bf16
+    plain = tmp_path / "plain"
+    play(1, RECIPE, *tiny, "precision=bf16", "max_steps=4", f"run_dir={plain}", log=tmp_path / "log")
+    losses = [[line["loss"] for line in read_lines(r / "metrics.jsonl", "train")] for r in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # the same run as far as bf16 weights (8 bits) can tell
