@@ -84,12 +84,14 @@ class Runtime:
     activation_checkpointing: bool = False  # less memory, one more forward
     channels_last: bool = False  # faster convolutions on GPUs
     compile: bool = False  # torch.compile
+    hang_seconds: float = 600.0  # end the run, and name the process that is behind, when none has moved for so long
 
 
 @dataclass
 class Checkpoint:
     every_steps: int | None = None  # null: at every evaluation
     keep: int = 2  # newest checkpoints kept
+    on_error: str = "go_on"  # go_on (with a warning) or stop, when one cannot be written
 
 
 @dataclass
@@ -122,6 +124,7 @@ _CHOICES = {
     "optimizer.momentum_mode": ("paper", "torch"),
     "schedule.decay_from": ("start", "warmup_end"),
     "precision": ("fp32", "tf32", "bf16"),
+    "checkpoint.on_error": ("go_on", "stop"),
 }
 
 _POSITIVE, _NOT_NEGATIVE, _SHARE = "must be positive", "must not be negative", "must lie in [0, 1)"
@@ -151,6 +154,7 @@ _LIMITS = {
     "epochs": _POSITIVE,
     "seed": _NOT_NEGATIVE,
     "runtime.micro_batch": _POSITIVE,
+    "runtime.hang_seconds": _POSITIVE,
     "max_steps": _POSITIVE,
     "checkpoint.every_steps": _POSITIVE,
     "checkpoint.keep": _POSITIVE,

@@ -101,7 +101,7 @@ class DeepSpeed(Engine):
         return {names[p]: velocity.view(getattr(p, "ds_shape", p.shape)) for p, velocity in velocities}
 
     def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        if self.stage == 0:
+        if self.stage == 0 or not momentum:
             return super().load_momentum(momentum)
         names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
         state, layout = self.optimizer.state, self.optimizer.layout

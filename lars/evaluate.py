@@ -1,6 +1,8 @@
 """Top-1 and top-5 of exactly the whole split, the same at any number of processes."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -12,11 +14,11 @@ from lars.reduction import OrderFreeSum
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int) -> dict[str, float]:
-    """{"loss", "top1", "top5" (per cent), "images"} over every image once.
+def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int, stopping: Callable[[int], bool]) -> dict[str, float] | None:
+    """{"loss", "top1", "top5" (per cent), "images"} over every image once; None if it was stopped on the way.
 
     The split is cut into chunks of `chunk` samples, the last one shorter; processes take chunks, so no sample is padded
-    or seen twice, and the chunks do not depend on the number of processes.
+    or seen twice, and the chunks do not depend on the number of processes. `stopping` is asked before each chunk.
 
     Raises:
         RuntimeError: the images counted are not the split's, or some of them cannot be decoded.
@@ -26,14 +28,20 @@ def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int) -> dict[s
     mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
     total = OrderFreeSum([], passes=1, floats=1, counts=4, device=engine.device)
     engine.evaluated.eval()
-    for batch in evaluation_batches(index, recipe, chunk, mine):
+    batches = evaluation_batches(index, recipe, chunk, mine)
+    for turn in range(-(-chunks // processes)):
+        if stopping(turn):
+            batches.close()
+            return None
+        batch = next(batches, None)
+        if batch is None:  # where a forward gathers weights all processes take part, also one whose chunks have ended
+            engine.logits(engine.evaluated, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
+            continue
         labels = batch.labels.to(engine.device)
         logits = engine.logits(engine.evaluated, batch.images)
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels), batch.bad])
-    for _ in range(-(-chunks // processes) - len(mine)):  # where a forward gathers weights, all processes take part in it
-        engine.logits(engine.evaluated, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
     engine.evaluated.train()
     sums = total.finish()
     top1, top5, images, bad = sums.counts

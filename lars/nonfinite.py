@@ -1,10 +1,25 @@
 """Where a loss or a gradient first stopped being a number."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+
+
+def explain_nonfinite(step: int, model: nn.Module, forwards: Iterable[Callable[[], object]], bad_gradients: list[str]) -> None:
+    """End the run after `step`: play the step's passes again on all processes (weights may have to be gathered).
+
+    Raises:
+        FloatingPointError: always; names the first layer, else the parameter whose gradient is bad.
+    """
+    found = [layer for forward in forwards if (layer := first_bad_layer(model, forward))]
+    where = gather_object(found[:1]) + [f"gradient of {name}" for name in reversed(bad_gradients)] + ["gradient"]
+    raise FloatingPointError(
+        f"step {step + 1}: not finite or beyond range, first in {where[0]}; the checkpoint of the last good step stays. "
+        "A lower optimizer.lr or a longer schedule.warmup_epochs is the usual remedy"
+    )
 
 
 @torch.no_grad()

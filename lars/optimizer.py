@@ -140,15 +140,34 @@ class LARS(torch.optim.Optimizer):
             squares = torch.zeros(2, self.layout.layers, device=device)
             for (*_, layers), some in zip(work, norms):
                 if some is not None:
-                    squares.index_add_(1, torch.tensor(layers, device=device), some.square())
+                    squares.index_add_(1, self.layout.index(layers, device), some.square())
             whole = self.layout.squared_norms(squares).sqrt()
-            norms = [None if some is None else whole[:, layers] for (*_, layers), some in zip(work, norms)]
+            norms = [
+                None if some is None else whole.index_select(1, self.layout.index(layers, device))
+                for (*_, layers), some in zip(work, norms)
+            ]
         return [None if some is None else trust_ratios(*some, group) for (group, *_), some in zip(work, norms)]
+
+
+_ROW = 1 << 15  # elements that a CPU adds up in one go
 
 
 def _norms(params: list[Tensor], grads: list[Tensor]) -> Tensor:
     """(2, n): the norms of n weights and of their gradients, float32."""
+    if params[0].device.type == "cpu" and all(t.dtype == torch.float32 for t in (*params, *grads)):
+        return torch.stack([torch.stack([_square(t) for t in tensors]).sqrt() for tensors in (params, grads)])
     return torch.stack([torch.stack(torch._foreach_norm(tensors)).float() for tensors in (params, grads)])
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """A squared norm on a CPU, in rows: torch's norm adds all in a few float32 sums, 0.2 % off at 38 million elements."""
+    flat = tensor if tensor.is_contiguous() or tensor.ndim != 4 else tensor.permute(0, 2, 3, 1)
+    flat = flat.reshape(-1)
+    if len(flat) < 16 * _ROW:
+        return torch.dot(flat, flat)
+    whole = len(flat) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    return torch.dot(rows, rows) + torch.dot(flat[whole:], flat[whole:])
 
 
 def trust_ratios(weight_norms: Tensor, grad_norms: Tensor, group: dict[str, Any]) -> Tensor:
@@ -197,14 +216,20 @@ def _update_fused(
 def _update_foreach(
     params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
 ) -> None:
-    """The rule with torch's list operations: any device and dtype, ratios never leave the device."""
-    paper = group["momentum_mode"] == "paper"
-    updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-    if ratios is not None:
-        torch._foreach_mul_(updates, [r.to(u.dtype) for r, u in zip(ratios.unbind(), updates)])
+    """The rule in place with torch's list operations: any device and dtype, no temporaries; ratios never leave the device."""
+    paper, decay = group["momentum_mode"] == "paper", group["weight_decay"]
+    inside, outside = (group["lr"], 1.0) if paper else (1.0, group["lr"])
     torch._foreach_mul_(velocities, group["momentum"])
-    torch._foreach_add_(velocities, updates, alpha=group["lr"] if paper else 1.0)
-    torch._foreach_sub_(params, velocities, alpha=1.0 if paper else group["lr"])
+    if ratios is None:
+        torch._foreach_add_(velocities, grads, alpha=inside)
+        if decay:
+            torch._foreach_add_(velocities, params, alpha=inside * decay)
+    else:
+        scales = [r.to(v.dtype) for r, v in zip((inside * ratios).unbind(), velocities)]
+        torch._foreach_addcmul_(velocities, grads, scales)
+        if decay:
+            torch._foreach_addcmul_(velocities, params, scales, value=decay)
+    torch._foreach_sub_(params, velocities, alpha=outside)
 
 
 def _check(group: dict[str, Any]) -> None:

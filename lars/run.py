@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, model_files
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
@@ -28,8 +29,11 @@ class RunFolder:
         self.writes = writes
         self.result: dict[str, Any] = {}
 
-    def open(self, recipe: Recipe, config_file: Path, step: int, facts: dict[str, Any]) -> None:
-        """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`."""
+    def open(self, recipe: Recipe, config_file: Path, step: int, evaluated: bool, facts: dict[str, Any]) -> None:
+        """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`.
+
+        The evaluation of `step` itself is cut too if the checkpoint does not know it (`evaluated`): it comes again.
+        """
         before, files = read_result(self.path) if step else {}, sources(config_file)
         self.result = {
             "recipe": recipe.name,
@@ -54,7 +58,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
         (self.path / "sources.json").write_text(json.dumps(files, indent=1) + "\n")
         for name in ("metrics.jsonl", "ledger.jsonl"):
-            _cut_back(self.path / name, step)
+            _cut_back(self.path / name, step, evaluated)
         self._write_result()
 
     def log(self, kind: str, **values: Any) -> None:
@@ -79,6 +83,19 @@ class RunFolder:
     def _write_result(self) -> None:
         self.result["heartbeat"] = time.time()
         write_atomically(self.path / "result.json", json.dumps(self.result, indent=1) + "\n")
+
+
+def position(step: int, plan: BatchPlan, seconds: float, samples_hash: int) -> dict[str, Any]:
+    """Where a run stands, as `result.json` tells it."""
+    images = step * plan.global_batch
+    return {
+        "steps": step,
+        "epochs": round(images / plan.samples, 4),
+        "images": images,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / seconds, 1) if seconds else None,
+        "samples_hash": f"{samples_hash:016x}",
+    }
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -119,14 +136,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drop lines of later steps, and a last line that a crash left unfinished."""
+def _cut_back(path: Path, step: int, evaluated: bool) -> None:
+    """Drop lines of later steps (an evaluation that comes again is one), and a last line that a crash left unfinished."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
+            again = values.get("kind") == "eval" and values["step"] == step and not evaluated
+            if values["step"] <= step and not again:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

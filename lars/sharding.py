@@ -38,6 +38,7 @@ class Layout:
     parameters: list[Tensor] = field(default_factory=list)  # the model's own, one for each layer
     sizes: list[int] = field(default_factory=list)  # their elements
     pieces: dict[Tensor, list[Piece]] = field(default_factory=dict)  # by the engine's tensor
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -48,6 +49,13 @@ class Layout:
         if tensor not in self.pieces:
             raise ShardingError("an engine has put a tensor into LARS that was not there at bind: bind again")
         return [(piece.layer, piece.view) for piece in self.pieces[tensor]]
+
+    def index(self, layers: list[int], device: torch.device) -> Tensor:
+        """Layer numbers as a tensor, kept: to make one anew in each step would be a copy that a GPU has to wait for."""
+        key = tuple(layers)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(layers, device=device)
+        return self._indices[key]
 
     def squared_norms(self, squares: Tensor) -> Tensor:
         """Sum over processes, shape (2, layers): squared norms of weights and of gradients, in float32."""

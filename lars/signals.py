@@ -3,16 +3,41 @@ from __future__ import annotations
 
 import signal
 
+import torch
+import torch.distributed as dist
+
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: start the same command again to go on
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The ranks agree on it because it is summed with the gradient."""
+    """Whether any process was asked to stop. All of them learn of it at the same pass, on every engine."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._group: dist.ProcessGroup | None = None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
+
+    def connect(self) -> None:
+        """Once the processes have met: a group of its own on the CPU, so that nobody waits for a GPU to ask."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def agreed(self) -> bool:
+        """After each pass, by all processes: had one of them been asked by the end of the pass before?
+
+        One pass late, so that no process waits for a slower one here: the exchange runs beside the pass.
+        """
+        if self._group is None:
+            return self.asked
+        if self._work is not None:
+            self._work.wait()
+        answer = bool(self._flag.item())
+        self._flag.fill_(self.asked)
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer

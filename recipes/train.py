@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ from lars.data.order import Order, samples_hash
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched
-from lars.nonfinite import first_bad_layer
+from lars.nonfinite import explain_nonfinite
 from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
 from lars.reduction import OrderFreeSum, StepSums
-from lars.run import RunFolder, environment, read_result, weights_sha256
+from lars.run import RunFolder, environment, position, read_result, weights_sha256
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
+from lars.watchdog import Watchdog
 
 
 class Training:
@@ -48,6 +50,9 @@ class Training:
         self.rank = self.engine.rank
         self.train_index, self.val_index, self.plan = broadcast_object_list([checked])[0]
         self.folder = RunFolder(recipe, writes=self.rank == 0)
+        self.stop.connect()
+        self.watchdog = Watchdog(self.rank, self.plan.processes, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
+        self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
 
     def setup(self) -> bool:
@@ -57,17 +62,17 @@ class Training:
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.fingerprint = fingerprint(self.train_index, self.val_index)
         self.model, ghosts = build_model(recipe)
-        saved = self._resume()
+        self.aliases = checkpoint.aliases(self.model)
+        momentum = self._resume()
         self.engine.prepare(self.model, ghosts)
         optimizer = build_optimizer(recipe, self.model)
         groups = group_table(self.model, optimizer)
         self.engine.wrap(optimizer, plan)
         bind(self.engine.called, optimizer)
-        if saved:
-            self.engine.load_momentum(checkpoint.load_momentum(saved))
+        self.engine.load_momentum(momentum)
         summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         statistics = sum(2 * ghost.num_features for ghost in ghosts)
-        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
+        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=2, device=self.engine.device)
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         before = read_result(recipe.run_dir)
         if before.get("status") == "finished" and before["steps"] >= self.last_step:
@@ -84,7 +89,7 @@ class Training:
             "top1": self.evaluation.get("top1"),
             "top5": self.evaluation.get("top5"),
         }
-        self.folder.open(recipe, self.config_file, self.step, facts)
+        self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
@@ -97,34 +102,32 @@ class Training:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
         recipe, plan, self.running = self.recipe, self.plan, True
         evaluations = {s for s in plan.evaluation_steps() if s <= self.last_step} | {self.last_step}
-        saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps))
+        saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps)) - {0}
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
         batches = training_batches(self.order, self.train_index, recipe, slots, self.step)
         progress = Progress(recipe.name, self.step, self.last_step, shown=self.rank == 0)
         try:
-            while self.step < self.last_step:
+            while True:
+                if self.step in evaluations and self.evaluation.get("step") != self.step and not self.evaluate(progress):
+                    return self.preempted(progress)
+                if self.step in saves or self.step == self.last_step:
+                    self.save()
+                if self.step == self.last_step:
+                    break
                 started = time.perf_counter()
                 loss, lr = self.train_step(batches, slots)
                 if loss is None:
-                    self.save()
-                    self.folder.end("preempted", **self.position())
-                    progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
-                    return EXIT_STOPPED
+                    return self.preempted(progress)
                 took = time.perf_counter() - started
                 self.seconds += took
                 self.log_step(progress, loss, lr, took)
-                if self.step in evaluations:
-                    self.evaluate(progress)
-                if self.step in saves or self.step == self.last_step:
-                    self.save()
-            if self.evaluation.get("step") != self.step:  # it was stopped here before, by a signal or a crash
-                self.evaluate(progress)
         finally:
             progress.close()
             batches.close()
         digest = weights_sha256(self.engine.weights())
         if len(set(gather_object([digest]))) > 1:
             raise RuntimeError("the processes ended with different weights")
+        self.writer.wait()
         self.folder.end("finished", weights_sha256=digest, **self.position())
         progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
         return 0
@@ -133,8 +136,8 @@ class Training:
         """One optimizer step; returns its mean loss and its rate. The loss is None if the step was dropped for a signal."""
         consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
         for index, part in zip(self.plan.local_passes(self.rank), slots):
-            if self.stop.asked and not self.engine.exchanges_itself:  # DDP's exchange cannot be left out by one rank
-                break
+            if self.stopping(index):
+                return None, lr
             batch = next(batches)
             with self.engine.exchange(last=part is slots[-1]):
                 loss = self.engine.forward(batch.images, batch.labels, self.step, index)
@@ -144,16 +147,14 @@ class Training:
             consumed += samples_hash(self.step, part, batch.ids)
             bad += batch.bad
             ids.append(torch.from_numpy(batch.ids))
-        self.sums.add_counts([consumed, bad, self.stop.asked])
+        self.sums.add_counts([consumed, bad])
         sums = self.sums.finish()
-        if sums.counts[2]:
-            return None, lr
         sums.bad_gradients += self.engine.bad_gradients()
         if sums.bad_gradients or sums.bad_floats:
-            self.explain_nonfinite(sums, slots)
+            self.explain(sums, slots)
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
         if not self.engine.step(lr):
-            self.explain_nonfinite(sums, slots)
+            self.explain(sums, slots)
         self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.bad_images += sums.counts[1]
@@ -164,29 +165,36 @@ class Training:
             self.folder.append("ledger.jsonl", {"step": self.step, "ids": everywhere})
         return float(sums.floats[0]) / self.plan.passes, lr
 
-    def explain_nonfinite(self, sums: StepSums, slots: list[range]) -> None:
-        """Play the unfinished step again to find where it went wrong, and stop the run there."""
-        found = None
+    def explain(self, sums: StepSums, slots: list[range]) -> None:
+        """Play the unfinished step again to find where it stopped being finite, and end the run there."""
         again = training_batches(self.order, self.train_index, self.recipe, slots, self.step)
-        for index, batch in zip(self.plan.local_passes(self.rank), again):
-            forward = lambda: self.engine.forward(batch.images, batch.labels, self.step, index)  # noqa: E731
-            here = first_bad_layer(self.model, forward)  # on all processes, which may have to gather weights for it
-            found = found or here
-        again.close()
-        where = [f for f in gather_object([found]) if f] + [f"gradient of {name}" for name in reversed(sums.bad_gradients)] + ["gradient"]
-        raise FloatingPointError(
-            f"step {self.step + 1}: not finite or beyond range, first in {where[0]}; the checkpoint of the last good step stays. "
-            "A lower optimizer.lr or a longer schedule.warmup_epochs is the usual remedy"
-        )
+        passes = zip(self.plan.local_passes(self.rank), again)
+        explain_nonfinite(self.step, self.model, (partial(self.engine.forward, b.images, b.labels, self.step, i) for i, b in passes), sums.bad_gradients)
 
-    def evaluate(self, progress: Progress) -> None:
-        """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split."""
+    def stopping(self, part: int) -> bool:
+        """Before each pass, by all processes: is the run to stop?"""
+        self.watchdog.at(self.step, part)
+        return self.stop.agreed()
+
+    def preempted(self, progress: Progress) -> int:
+        """Drop the step under way (or the evaluation), save the last finished step."""
+        self.save()
+        self.writer.wait()
+        self.folder.end("preempted", **self.position())
+        progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
+        return EXIT_STOPPED
+
+    def evaluate(self, progress: Progress) -> bool:
+        """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split; False if stopped."""
         self.audit()
-        result = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch)
+        result = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping)
+        if result is None:
+            return False
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
         self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
         self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
         progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+        return True
 
     def audit(self) -> None:
         """What the ranks consumed since the last audit must be what the pure order says."""
@@ -201,8 +209,7 @@ class Training:
         weights, momentum = self.engine.weights(), self.engine.momentum()
         if self.rank == 0:
             progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
-            state = checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe))
-            checkpoint.save(self.folder.path, state, weights, momentum, self.recipe.checkpoint.keep)
+            self.writer.save(checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe), self.aliases), weights, momentum)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float) -> None:
         rate = self.plan.global_batch / took
@@ -217,16 +224,7 @@ class Training:
             self.engine.accelerator.log(values, step=self.step)
 
     def position(self) -> dict[str, object]:
-        """Where the run stands, as `result.json` tells it."""
-        images = self.step * self.plan.global_batch
-        return {
-            "steps": self.step,
-            "epochs": self.epoch,
-            "images": images,
-            "seconds": round(self.seconds, 2),
-            "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
-            "samples_hash": f"{self.samples_hash:016x}",
-        }
+        return position(self.step, self.plan, self.seconds, self.samples_hash)
 
     @property
     def epoch(self) -> float:
@@ -234,21 +232,24 @@ class Training:
 
     def cleanup(self) -> None:
         """End the trackers and the process group; a process that leaves its group open can abort at exit."""
+        self.watchdog.end()
         self.engine.accelerator.end_training()
 
-    def _resume(self) -> Path | None:
-        """Load the newest checkpoint's weights and numbers; its momentum has to wait for the engine."""
-        saved = checkpoint.saved(self.folder.path)
-        if not saved:
-            return None
-        state = checkpoint.read_state(saved[-1])
+    def _resume(self) -> dict[str, torch.Tensor]:
+        """Load the newest checkpoint's weights and numbers; its momentum, returned, has to wait for the engine."""
+        found = broadcast_object_list([checkpoint.newest(self.folder.path) if self.rank == 0 else None])[0]
+        if isinstance(found, RecipeError):
+            raise found
+        if found is None:
+            return {}
+        saved, state = found
         checkpoint.check_same_run(state, self.recipe, self.fingerprint)
-        checkpoint.load_weights(saved[-1], self.model)
+        checkpoint.load_weights(saved, state, self.model)
         self.step, self.samples_hash = state.step, state.samples_hash
         self.bad_images, self.seconds, self.evaluation = state.bad_images, state.seconds, state.evaluation
         if self.rank == 0:
-            print(f"{self.recipe.name}: resuming after step {self.step} from {saved[-1]}", flush=True)
-        return saved[-1]
+            print(f"{self.recipe.name}: resuming after step {self.step} from {saved}", flush=True)
+        return checkpoint.load_momentum(saved)
 
 
 def check(recipe: Recipe, processes: int) -> tuple[Index, Index, BatchPlan]:
@@ -275,7 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = config.load(args.config, args.overrides)
         config.import_model_file(args.config.parent)
         launched = Launched.read(recipe)
-        checked = check(recipe, args.processes or launched.processes) if first or args.check else None
+        processes = launched.processes if args.processes is None else args.processes
+        checked = check(recipe, processes) if first or args.check else None
         if args.check:
             print(f"{recipe.name}: {checked[-1].start_up_line()}")
             return 0

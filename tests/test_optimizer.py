@@ -9,9 +9,12 @@ import pytest
 import pytorch_optimizer
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lars import LARS, ShardingError
-from lars.optimizer import _update_foreach
+from lars.optimizer import _norms, _update_foreach
 
 RATES = (0.5, 2.0, 8.0, 8.0, 4.0, 0.1)  # a rate that changes: the two momentum modes part
 
@@ -198,3 +201,52 @@ def test_import_needs_torch_and_timm_only() -> None:
     for blocked, loaded in (("{'timm'}", "[]"), ("{'none'}", "['timm']")):
         done = subprocess.run([sys.executable, "-c", code.format(blocked=blocked)], capture_output=True, text=True)
         assert done.stdout.strip() == loaded, done.stderr
+
+
+@pytest.mark.parametrize("elements", [1, 1000, 100_000, 524_287, 2_359_297, 37_748_736])
+def test_norms_keep_float32_s_precision_at_any_size(elements: int) -> None:
+    """torch's own float32 norm on a CPU is 0.2 % off for AlexNet's largest weight (the last size here)."""
+    w = torch.randn(elements, generator=torch.Generator().manual_seed(0)) + 0.5
+    exact = w.double().norm()
+    assert abs(float(_norms([w], [w])[0, 0] / exact) - 1) < 1e-6
+
+
+class Watched(TorchDispatchMode):
+    """Counts the bytes of new tensors, and refuses what makes a GPU's host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
+                self.bytes += tensor.numel() * tensor.element_size()
+        return out
+
+
+@pytest.mark.parametrize("mode", ["paper", "torch"])
+def test_the_path_of_a_gpu_never_waits_and_allocates_nothing_of_the_model_s_size(mode: str) -> None:
+    """A pretended GPU: operations are dispatched and none runs, so a value cannot be read; the second step makes nothing big."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(1 << 20, 2, device="cuda")), torch.nn.Parameter(torch.empty(1 << 20, device="cuda"))]
+        rule = LARS(params, lr=1.0, weight_decay=1e-4, momentum_mode=mode)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            with Watched() as watched:
+                rule.step()
+        assert 0 < watched.bytes < 4096, watched.bytes
+
+
+def test_the_path_of_a_cpu_allocates_nothing_of_the_model_s_size() -> None:
+    w = torch.nn.Parameter(torch.randn(1 << 11, 1 << 10))
+    rule = LARS([w], lr=1.0, weight_decay=1e-4)
+    for _ in range(2):
+        w.grad = torch.randn_like(w)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            rule.step()
+    assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 1 << 16

@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytorch_optimizer
 import timm
@@ -20,7 +21,7 @@ from timm.optim import Lars
 import lars
 import recipes.alexnet.model  # noqa: F401  registers alexnet
 
-ROUNDS, WARM_UP = 15, 3
+ROUNDS, WARM_UP = 41, 3
 
 
 def rivals(shapes: list[torch.Size], device: torch.device) -> dict[str, Callable[[], None]]:
@@ -61,12 +62,17 @@ def measure(model: str, device: torch.device) -> dict[str, dict[str, float]]:
     return {name: {"ms": round(ms, 2), "ratio": round(ms / base, 2)} for name, ms in medians.items()}
 
 
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
     machine = {"device": name, "threads": torch.get_num_threads(), "system": platform.system(), "torch": torch.__version__}
     result = {"machine": machine, "models": {model: measure(model, device) for model in ("resnet50", "alexnet")}}
     if args.json:

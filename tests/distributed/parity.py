@@ -33,6 +33,8 @@ RECIPE = DEMO / "resnet50.yaml"
 STEPS = 60
 POINTS = {"early": 1, "middle": STEPS // 2, "late": STEPS - 1}
 PROCESSES = (1, 2, 3)
+# With 4 samples at 1 x 1 pixel a dead channel has no variance, and one ulp of a weight moves the first step by 4 %: groups of 32
+BATCH = ("global_batch=192", "bn_group=32", "runtime.micro_batch=32", "epochs=16")
 ENGINES = ("plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 BUILT = {  # what the launch file promises: engine, optimizer inside it, type of a parameter
     "plain": ("ResNet", "LARS", "Parameter"),
@@ -87,6 +89,7 @@ def take_timm() -> None:
         return timm.optim.create_optimizer_v2(model, "lars", lr=keys.lr, momentum=keys.momentum, weight_decay=keys.weight_decay)
 
     train.build_optimizer, train.bind, train.group_table = build, lambda model, optimizer: None, lambda model, optimizer: ""
+    train.evaluate = lambda *_: {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0}  # its weights may be past evaluating
     for kind in (engine.Engine, engine_deepspeed.DeepSpeed):
         kind.momentum, kind.load_momentum = lambda self: {}, lambda self, momentum: None
 
@@ -191,8 +194,10 @@ def measure_timm(engine: str, processes: int, control: Path, tiny: tuple[str, ..
         alone, _ = one_step("plain", 1, control, step, tiny, folder / "alone", first=take_timm)
         sharded, _ = one_step(engine, processes, control, step, tiny, folder / "sharded", first=take_timm)
         before = weights_after(control, step)
-        row["difference"][point] = max(float((sharded[n] - w).norm() / (w - before[n]).norm()) for n, w in alone.items())
-    return row | {"verdict": "FAIL" if max(row["difference"].values()) > 1e-3 else "PASS"}
+        worst = max((float((sharded[n] - w).norm() / (w - before[n]).norm()) for n, w in alone.items()), key=lambda x: (x != x, x))
+        row["difference"][point] = worst if math.isfinite(worst) else None
+    exact = all(difference is not None and difference < 1e-3 for difference in row["difference"].values())
+    return row | {"verdict": "PASS" if exact else "FAIL"}
 
 
 def drift(control: Path, tiny: tuple[str, ...], folder: Path) -> dict[str, list[float]]:
@@ -233,7 +238,7 @@ def table(rows: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        exact = [f"{row['difference'][point]:.1e}" if row["difference"][point] else "0" for point in POINTS]
+        exact = ["NaN" if row["difference"][point] is None else f"{row['difference'][point]:.2g}" for point in POINTS]
         count = f"{row['collectives']:g}" if "collectives" in row else ""
         lines.append(f"| {row['engine']} | {row['optimizer']} | {row['processes']} | {' | '.join(exact)} | {count} | {row['verdict']} |")
     return "\n".join(lines) + "\n"
@@ -250,7 +255,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "data").mkdir()
-        tiny, control = tiny_overrides(folder / "data"), folder / "control"
+        tiny, control = (*tiny_overrides(folder / "data"), *BATCH), folder / "control"
         more = (f"max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep=999", f"run_dir={control}")
         play(1, RECIPE, *tiny, *more, log=folder / "log")
         for engine in ("zero1", "zero2", "zero3"):
@@ -260,7 +265,7 @@ def main() -> int:
             for processes in PROCESSES[engine in ("plain", "ddp") :]:  # in one process these are the control
                 add(measure(engine, processes, control, tiny, folder))
         drifts = drift(control, tiny, folder)
-    result = {"recipe": "demo/resnet50, four blocks, batch 96", "steps": list(POINTS.values()), "rows": rows, "drift": drifts}
+    result = {"recipe": f"demo/resnet50 with four blocks, {', '.join(BATCH)}", "steps": list(POINTS.values()), "rows": rows, "drift": drifts}
     (here / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(drifts, here / "parity.png")
     readme = ROOT / "README.md"

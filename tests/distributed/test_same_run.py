@@ -202,7 +202,7 @@ def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(tmp_path: 
     for key in ("weights_sha256", "samples_hash", "steps", "top1"):
         assert read_result(run)[key] == whole[key]
     assert read_lines(run / "ledger.jsonl") == read_lines(tiny_runs[1] / "ledger.jsonl")
-    assert len(list((run / "checkpoints").iterdir())) == 2  # keep
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000021", "step-00000024"]  # every third, keep=2
 
 
 def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
