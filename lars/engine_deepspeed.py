@@ -36,6 +36,8 @@ class DeepSpeed(Engine):
     def wrap(self, optimizer: LARS, plan: BatchPlan) -> None:
         """`accelerator.prepare` makes the engine; what it is and how it counts batches is asserted."""
         config = self.accelerator.deepspeed_plugin.deepspeed_config
+        # its bf16 section rounds the weights first and makes float32 masters of what is left
+        self.whole = {p: p.detach().clone() for p in self.model.parameters()} if config.get("bf16", {}).get("enabled") else {}
         config["train_micro_batch_size_per_gpu"] = plan.micro_batch
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = plan.passes_per_process
         self.called, _ = self.accelerator.prepare(self.model, optimizer)
@@ -65,6 +67,8 @@ class DeepSpeed(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.called.step()
+        if self.stage == 3:  # where a layer had no gradient in a step, the next one would find the last one's here
+            self.called.optimizer.grad_partitions_flat_buffer.zero_()
         return self.called.was_step_applied()
 
     def weights(self) -> dict[str, Tensor]:
@@ -101,10 +105,13 @@ class DeepSpeed(Engine):
         return {names[p]: velocity.view(getattr(p, "ds_shape", p.shape)) for p, velocity in velocities}
 
     def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        state, layout = self.optimizer.state, self.optimizer.layout
+        if self.whole:
+            layout.scatter(self.whole.get, lambda tensor: tensor.detach())
+            self.whole = {}
         if self.stage == 0 or not momentum:
             return super().load_momentum(momentum)
         names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
-        state, layout = self.optimizer.state, self.optimizer.layout
         for tensor in layout.pieces:
             state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
         layout.scatter(lambda p: momentum.get(names[p]), lambda tensor: state[tensor]["momentum_buffer"])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ class Watchdog:
 
     def __init__(self, rank: int, processes: int, seconds: float, give_up: Callable[..., None]) -> None:
         self.rank, self.processes, self.seconds, self.give_up = rank, processes, seconds, give_up
-        self.place, self.moved, self.told = (0, 0), time.monotonic(), 0.0
+        self.place, self.moved = (0, 0), math.inf  # nothing is late before the first pass: an engine may take its time to start
         self.ended = threading.Event()
         self.thread = None
         if processes > 1:

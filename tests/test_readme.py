@@ -90,6 +90,18 @@ def test_the_table_of_ways_to_sum_is_the_committed_measurement() -> None:
     assert not re.search("@[A-Z_]+@", text)
 
 
+def test_the_table_of_engines_is_the_committed_measurement_and_every_row_of_ours_passes() -> None:
+    from distributed.parity import ENGINES, PROCESSES, TABLE, table
+
+    rows = json.loads((ROOT / "tests/distributed/parity.json").read_text())["rows"]
+    text = (ROOT / "README.md").read_text()
+    assert text[text.index(TABLE[0]) + len(TABLE[0]) : text.index(TABLE[1])] == table(rows)
+    ours = [row for row in rows if row["optimizer"] == "lars.LARS"]
+    assert {row["verdict"] for row in ours} == {"PASS"} and {row["verdict"] for row in rows if row not in ours} == {"FAIL"}
+    expected = {(engine, w) for engine in ENGINES for w in PROCESSES} - {("plain", 1), ("ddp", 1)}
+    assert {(row["engine"], row["processes"]) for row in ours} == expected
+
+
 def test_the_costs_on_the_card_are_the_committed_measurement() -> None:
     text = (ROOT / "lars/README.md").read_text()
     models = json.loads((ROOT / "tests/benchmarks/optimizer_step.json").read_text())["models"]
@@ -110,7 +122,7 @@ def test_the_two_lines_in_the_readme_run() -> None:
 def test_the_hash_check_in_the_readme_is_the_projects(tiny_runs: dict[int, Path]) -> None:
     text = (ROOT / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "sha256" in b)
-    checkpoint = next((tiny_runs[1] / "checkpoints").iterdir()) / "model.safetensors"
+    checkpoint = tiny_runs[1] / "checkpoints/step-00000024/model.safetensors"
     done = subprocess.run([sys.executable, "-c", block.replace("model.safetensors", str(checkpoint))], capture_output=True, text=True)
     from lars.run import read_result
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lars
-from conftest import RANKS
+from conftest import RANKS, ROOT
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
@@ -40,9 +42,20 @@ class Odd(nn.Module):
         return self.head(F.relu(self.second(F.relu(self.first(x)))))
 
 
-def model() -> Odd:
+class Skips(Odd):
+    """Leaves its second layer out of every second step, as stochastic depth does."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = F.relu(self.norm(self.conv(x))).flatten(1)
+        return self.head(self.first(self.frozen(x)) if self.calls % 2 else self.second(self.frozen(x)))
+
+
+def model(kind: type[Odd] = Odd) -> Odd:
     torch.manual_seed(0)
-    return Odd()
+    return kind()
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,18 +69,42 @@ def optimizer(net: nn.Module, several_groups: bool = False) -> lars.LARS:
     return lars.LARS(groups, lr=1.0, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.01)
 
 
-def control(several_groups: bool = False) -> list[dict[str, torch.Tensor]]:
-    """The weights after every step, in one process."""
-    net = model()
+def control(several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False) -> list[dict[str, torch.Tensor]]:
+    """The weights after every step, in one process; a missing gradient is left out, or counts as zero."""
+    net = model(kind)
     rule, states = optimizer(net, several_groups), []
     for step in range(STEPS):
         for group in rule.param_groups:
             group["lr"] = RATES[step]
         x, y = batch(step)
         F.cross_entropy(net(x), y).backward()
+        for p in net.parameters():
+            if zero_for_none and p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
         rule.step()
         rule.zero_grad()
         states.append({n: p.detach().clone() for n, p in net.named_parameters()})
+    return states
+
+
+def control_bf16(world: int) -> list[dict[str, torch.Tensor]]:
+    """float32 masters, a bf16 copy for forward and backward of each process's share, the shares' gradients averaged."""
+    masters, states = model().bfloat16().float(), []  # DeepSpeed's masters are made of weights that it has rounded
+    rule = optimizer(masters)
+    for step in range(1):
+        for group in rule.param_groups:
+            group["lr"] = RATES[step]
+        for p in masters.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        for x, y in zip(*(part.chunk(world) for part in batch(step))):
+            copy = model().bfloat16()
+            copy.load_state_dict(masters.state_dict())
+            F.cross_entropy(copy(x.bfloat16()).float(), y).backward()
+            for p, q in zip(masters.parameters(), copy.parameters()):
+                if p.requires_grad:
+                    p.grad += q.grad.float() / world
+        rule.step()
+        states.append({n: p.detach().clone() for n, p in masters.named_parameters() if p.requires_grad})
     return states
 
 
@@ -90,32 +127,46 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
     _join(rank, world, port)
     import deepspeed
 
-    net = model()
+    config = dict(config)
+    net = model(Skips if config.pop("skips", False) else Odd)
+    if config.get("bf16") and config["zero_optimization"]["stage"]:
+        config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     accumulation = config.get("gradient_accumulation_steps", 1)
     micro = BATCH // world // accumulation
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, **config}
     engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=optimizer(net, several_groups), config=config)
     counts = [0]
-    if bind:
-        lars.bind(engine, wrapped)
-        count_all_reduces(counts)
     states = []
     try:
+        if bind:
+            lars.bind(engine, wrapped)
+            count_all_reduces(counts)
         for step in range(STEPS):
             for group in engine.optimizer.param_groups:
                 group["lr"] = RATES[step]
             x, y = batch(step)
-            x, y = x.chunk(world)[rank], y.chunk(world)[rank]
+            x, y = x.chunk(world)[rank].to(next(net.parameters()).dtype), y.chunk(world)[rank]
             for part_x, part_y in zip(x.split(micro), y.split(micro)):
-                engine.backward(F.cross_entropy(engine(part_x), part_y))
+                engine.backward(F.cross_entropy(engine(part_x).float(), part_y))
                 engine.step()
+            if hasattr(net, "calls") and hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
+                engine.optimizer.grad_partitions_flat_buffer.zero_()  # DeepSpeed leaves the step before there
             names = dict(net.named_parameters())
-            if config["zero_optimization"]["stage"] == 3:
+            if config.get("bf16"):
+                steps_own = counts[0]
+                masters = dict(_lars(wrapped).layout.gather(lambda t: t.detach()))
+                counts[0] = steps_own
+                shapes = {n: p.shape for n, p in model().named_parameters()}
+                states.append({n: masters[p].view(shapes[n]) for n, p in names.items() if p in masters})
+            elif config["zero_optimization"]["stage"] == 3:
                 with deepspeed.zero.GatheredParameters(list(names.values())):
                     states.append({n: p.detach().clone() for n, p in names.items()})
             else:
                 states.append({n: p.detach().clone() for n, p in names.items()})
         answer = {"states": states, "engine": type(engine.optimizer).__name__, "all_reduces": counts[0] / STEPS}
+        if bind and config["zero_optimization"]["stage"]:
+            answer["layout"] = {n: w for p, w in _lars(wrapped).layout.gather(lambda t: t.detach()) for n, q in names.items() if p is q}
+            _scatter_and_gather_again(_lars(wrapped))
     except lars.ShardingError as error:
         answer = {"refused": str(error)}
     if rank == 0:
@@ -123,11 +174,29 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
     dist.destroy_process_group()
 
 
+def _lars(wrapped: object) -> lars.LARS:
+    while not isinstance(wrapped, lars.LARS):
+        wrapped = wrapped.optimizer
+    return wrapped
+
+
+def _scatter_and_gather_again(rule: lars.LARS) -> None:
+    """Whole velocities, cut up and put together again, have the same bits; also -0.0 and NaN."""
+    velocity = lambda t: rule.state[t]["momentum_buffer"]  # noqa: E731
+    whole = {}
+    for p, size in zip(rule.layout.parameters, rule.layout.sizes):
+        whole[p] = torch.randn(size, generator=torch.Generator().manual_seed(size))
+        whole[p][:2] = torch.tensor([-0.0, float("nan")])
+    rule.layout.scatter(whole.get, velocity)
+    for p, again in rule.layout.gather(velocity):
+        assert torch.equal(again.view(torch.int32), whole[p].view(torch.int32))
+
+
 def _fsdp2_rank(rank: int, world: int, port: int, config: dict, several_groups: bool, bind: bool, out: str) -> None:
     _join(rank, world, port)
     from torch.distributed.fsdp import fully_shard
 
-    net = model()
+    net = model(Skips if config.get("skips") else Odd)
     fully_shard(net)
     rule = optimizer(net, several_groups)
     counts, states = [0], []
@@ -168,10 +237,10 @@ def run(target, world: int, tmp_path: Path, config: dict | None = None, several_
     return torch.load(out)
 
 
-def worst(states: list[dict], several_groups: bool = False) -> float:
+def worst(states: list[dict], several_groups: bool = False, expected: list[dict] | None = None) -> float:
     """The largest error of a layer's weights relative to how far it has moved, over all steps."""
     start, errors = {n: p.detach() for n, p in model().named_parameters()}, []
-    for ours, theirs in zip(states, control(several_groups), strict=True):
+    for ours, theirs in zip(states, expected or control(several_groups), strict=expected is None):
         for name, w in theirs.items():
             moved = (w - start[name]).norm()
             error = (ours[name].float() - w).norm()
@@ -212,6 +281,8 @@ def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
 def test_layouts(zero: dict, tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "gradient_accumulation_steps": 2}, several_groups=True)
     assert worst(answer["states"], several_groups=True) < BOUND
+    for name, whole in answer["layout"].items():  # what checkpoints are made of
+        assert torch.equal(whole.view_as(answer["states"][-1][name]), answer["states"][-1][name])
 
 
 @pytest.mark.long
@@ -227,12 +298,96 @@ def test_stage_0_needs_no_collective(tmp_path: Path) -> None:
     assert worst(answer["states"]) < BOUND and answer["all_reduces"] == 0
 
 
-def test_optimizer_offload_is_refused() -> None:
-    with pytest.raises(lars.ShardingError, match="offload"):
-        zero = type("DeepSpeedZeroOptimizer", (), {"cpu_offload": True, "optimizer": optimizer(model())})()
-        engine = type("Engine", (nn.Module,), {"zero_optimization_stage": lambda self: 2})()
-        engine.optimizer = zero
-        lars.bind(engine, zero)
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
+def test_deepspeed_s_own_bf16_section_is_exact_on_its_masters(stage: int, tmp_path: Path) -> None:
+    """Stage 1 adds in float32 all the way; stages 2 and 3 store the averaged gradient as bf16 once.
+
+    bf16 keeps 2^-9 of a number, the trust ratio repeats the gradient's error.
+    """
+    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}})
+    assert answer["engine"] == ("BF16_Optimizer" if stage == 1 else ENGINES[stage])
+    assert worst(answer["states"], expected=control_bf16(2)) < (BOUND if stage == 1 else 2 * 2.0**-9)
+    assert answer["all_reduces"] == 1
+
+
+@pytest.mark.long
+def test_deepspeed_s_bf16_section_on_stage_0_is_refused(tmp_path: Path) -> None:
+    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}})
+    assert "is not a layout that LARS knows" in answer["refused"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_layer_without_gradient_counts_as_one_of_zeros_in_flat_slices(stage: int, tmp_path: Path) -> None:
+    """On stage 3 only if the last step's gradients are cleared: DeepSpeed 0.19.8 would take them for this one's."""
+    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "skips": True})
+    assert worst(answer["states"], expected=control(kind=Skips, zero_for_none=True)) < BOUND
+    assert worst(answer["states"], expected=control(kind=Skips)) > BOUND
+
+
+@pytest.mark.long
+def test_a_layer_without_gradient_is_left_alone_under_fsdp2(tmp_path: Path) -> None:
+    assert worst(run(_fsdp2_rank, 2, tmp_path, {"skips": True})["states"], expected=control(kind=Skips)) < BOUND
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_optimizer_offload_is_refused(stage: int, tmp_path: Path) -> None:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False})
+    assert "offload" in answer["refused"]
+
+
+ALONE = """
+import os, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("accelerate", "timm", "datasets", "transformers", "omegaconf", "torchvision", "pyarrow"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch, deepspeed, lars
+import torch.nn.functional as F
+rank, world = int(os.environ["RANK"]), 2
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.ReLU(), torch.nn.Linear(13, 5))
+x, y = torch.randn(6, 7, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
+plain, net = model(), model()
+before = [p.detach().clone() for p in plain.parameters()]
+rule = lars.LARS(plain.parameters(), lr=10.0, weight_decay=1e-3)
+config = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}
+deepspeed.init_distributed("gloo")
+engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=lars.LARS(net.parameters(), lr=10.0, weight_decay=1e-3), config=config)
+lars.bind(engine, optimizer)
+F.cross_entropy(plain(x), y).backward()
+rule.step()
+engine.backward(F.cross_entropy(engine(x.chunk(world)[rank]), y.chunk(world)[rank]))
+engine.step()
+for p, q, w in zip(plain.parameters(), net.parameters(), before):
+    assert (p - q).norm() <= 1e-5 * (p - w).norm() and not torch.equal(p, w)
+assert not {"accelerate", "timm", "datasets", "transformers", "omegaconf"} & set(sys.modules)
+torch.distributed.destroy_process_group()
+print("EXACT")
+"""
+
+
+def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "alone.py")],
+            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert all("EXACT" in text for text in printed), printed
 
 
 @pytest.mark.parametrize("world", WORLDS)

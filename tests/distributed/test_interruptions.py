@@ -1,0 +1,92 @@
+"""Signals in the middle of long steps and evaluations, and a process that hangs: real processes, real signals."""
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import DEMO, Ranks, play, start_ranks
+from lars.run import read_lines, read_result
+
+RECIPE = DEMO / "resnet50.yaml"
+
+
+def wait_for(words: str, file: Path, ranks: Ranks, seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not file.exists() or words not in file.read_text():
+        assert ranks.processes[0].is_alive() and time.time() < end, ranks.output
+        time.sleep(0.02)
+
+
+def slow_passes() -> None:
+    """From the third step on a pass takes three seconds, so that a step of six passes takes eighteen."""
+    from lars.engine import Engine
+
+    forward = Engine.forward
+
+    def slow(self: Engine, images: object, labels: object, step: int, index: int) -> object:
+        time.sleep(3 if step >= 2 else 0)
+        return forward(self, images, labels, step, index)
+
+    Engine.forward = slow
+
+
+@pytest.mark.parametrize("engine", ["", pytest.param("zero2", marks=pytest.mark.long), pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_a_signal_in_a_long_step_drops_it_and_saves_within_ten_seconds(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = start_ranks(2, RECIPE, *tiny, f"run_dir={run}", log=tmp_path / "log", where=engine, first=slow_passes)
+    wait_for('"step": 2,', run / "metrics.jsonl", ranks)
+    time.sleep(1)
+    os.kill(ranks.processes[1].pid, signal.SIGUSR1)
+    told = time.time()
+    assert ranks.wait() == [75, 75], ranks.output
+    written = (run / "checkpoints/step-00000002/state.json").stat().st_mtime
+    assert written - told < 10  # the pass under way and one more; the step would have taken seventeen seconds more
+    assert read_result(run)["status"] == "preempted" and read_result(run)["steps"] == 2
+
+
+def slow_evaluation() -> None:
+    from recipes import train
+
+    evaluate = train.evaluate
+
+    def slow(engine: object, *rest: object) -> object:
+        logits = engine.logits
+        engine.logits = lambda model, images: (print("evaluating", flush=True), time.sleep(1), logits(model, images))[-1]
+        return evaluate(engine, *rest)
+
+    train.evaluate = slow
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_the_resumed_run_evaluates(tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = (*tiny, "max_steps=24", "ledger=true", f"run_dir={run}")
+    ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", first=slow_evaluation)
+    wait_for("evaluating", tmp_path / "log", ranks)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert ranks.wait(20) == [75, 75], ranks.output
+    assert read_result(run)["steps"] == 11 and read_lines(run / "metrics.jsonl", "eval") == []
+    play(1, RECIPE, *keys, log=tmp_path / "log")
+    assert read_result(run)["weights_sha256"] == read_result(tiny_runs[1])["weights_sha256"]
+    assert read_lines(run / "metrics.jsonl", "eval") == read_lines(tiny_runs[1] / "metrics.jsonl", "eval")
+
+
+@pytest.mark.parametrize("engine", ["", pytest.param("zero3", marks=pytest.mark.long)])
+def test_a_process_that_hangs_is_named_with_its_step(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = (*tiny, "runtime.hang_seconds=4", f"run_dir={run}")
+    ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine)
+    wait_for('"step": 3,', run / "metrics.jsonl", ranks)
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    stopped = time.time()
+    ranks.processes[0].join(30)
+    ranks.processes[1].kill()
+    assert ranks.processes[0].exitcode == 1 and time.time() - stopped < 15, ranks.output
+    errors = [line for line in ranks.output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "no process has moved for 4 s; rank" in errors[0], ranks.output
+    assert engine or "rank 1 of 2 came no further than step" in errors[0]  # in a layer's exchange both stand at one pass
+    result = read_result(run)
+    assert result["status"] == "failed" and result["error"] in errors[0]

@@ -1,0 +1,118 @@
+"""Checkpoints: whole or not there, checked when they are read, tied weights once, written beside training."""
+from __future__ import annotations
+
+import logging
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lars.checkpoint import CheckpointWriter, State, aliases, load_momentum, load_weights, newest, saved
+from lars.config import Checkpoint, RecipeError
+
+
+def state(step: int, tied: dict[str, str] | None = None) -> State:
+    return State(step, 1, 0, 1.0, {}, "fingerprint", {}, tied or {})
+
+
+def write(run: Path, *steps: int, keep: int = 2) -> None:
+    writer = CheckpointWriter(run, Checkpoint(keep=keep))
+    for step in steps:
+        writer.save(state(step), {"w": torch.full((300,), float(step))}, {"w": torch.full((300,), -float(step))})
+    writer.wait()
+
+
+def test_keeps_the_newest_and_names_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/.step-00000001").mkdir(parents=True)  # what a power loss left
+    write(tmp_path, 1, 2, 3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000003\n"
+    found, numbers = newest(tmp_path)
+    assert (found, numbers.step) == (saved(tmp_path)[-1], 3)
+    assert load_momentum(found)["w"][0] == -3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1, 2)
+    target = saved(tmp_path)[-1] / file
+    content = target.read_bytes()
+    if how == "gone":
+        target.unlink()
+    else:
+        target.write_bytes(content[:-20] + (bytes(b ^ 1 for b in content[-20:]) if how == "flipped" else b""))
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path)[1].step == 1
+    assert "step-00000002 is damaged" in caplog.text and "falling back" in caplog.text
+
+
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_start(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    write(tmp_path, 1)
+    (saved(tmp_path)[0] / "model.safetensors").write_bytes(b"")
+    error = newest(tmp_path)
+    assert isinstance(error, RecipeError) and "run_dir" in str(error)
+
+
+def test_a_tied_weight_is_stored_once_and_comes_back_under_both_names(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model, other = tied(), tied()
+    writer = CheckpointWriter(tmp_path, Checkpoint())
+    writer.save(state(1, aliases(model)), model.state_dict(), {})
+    writer.wait()
+    checkpoint, numbers = newest(tmp_path)
+    assert numbers.aliases == {"1.weight": "0.weight"} and set(load_file(checkpoint / "model.safetensors")) == {"0.weight", "0.bias"}
+    load_weights(checkpoint, numbers, other)
+    assert torch.equal(other[1].weight, model[0].weight) and other[1].weight is other[0].weight
+
+
+def test_channels_last_weights_come_back(tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    writer = CheckpointWriter(tmp_path, Checkpoint())
+    writer.save(state(1), model.state_dict(), {})
+    writer.wait()
+    checkpoint, numbers = newest(tmp_path)
+    other = nn.Conv2d(3, 4, 3)
+    load_weights(checkpoint, numbers, other)
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_training_may_change_the_weights_while_they_are_written(tmp_path: Path) -> None:
+    writer, w = CheckpointWriter(tmp_path, Checkpoint()), torch.ones(1 << 22)
+    writer.save(state(1), {"w": w}, {})
+    w.zero_()
+    writer.wait()
+    assert load_file(newest(tmp_path)[0] / "model.safetensors")["w"].all()
+
+
+@pytest.mark.parametrize("on_error", ["go_on", "stop"])
+def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The operating system itself refuses: no file of this process may grow beyond a limit."""
+    write(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, Checkpoint(on_error=on_error))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with caplog.at_level(logging.WARNING):
+            writer.save(state(2), {"w": torch.zeros(1 << 20)}, {})
+            if on_error == "stop":
+                with pytest.raises(OSError, match="step 2 could not be written, the one before stays"):
+                    writer.wait()
+            else:
+                writer.wait()
+                assert "step 2 could not be written" in caplog.text and "going on" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(tmp_path)[1].step == 1
+    writer.error = None
+    writer.save(state(3), {"w": torch.zeros(1 << 20)}, {})  # there is room again
+    writer.wait()
+    assert newest(tmp_path)[1].step == 3
