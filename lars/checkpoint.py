@@ -65,16 +65,16 @@ class CheckpointWriter:
         self.thread = threading.Thread(target=self._write, args=(state, *copies))
         self.thread.start()
 
-    def wait(self) -> None:
+    def wait(self, needed: bool = False) -> None:
         """Until the one under way is written.
 
         Raises:
-            OSError: it could not be, and the recipe says stop.
+            OSError: it could not be, and the recipe says stop or it is `needed` (the last one of a run).
         """
         if self.thread:
             self.thread.join()
             self.thread = None
-        if self.error and self.stop_on_error:
+        if self.error and (needed or self.stop_on_error):
             raise self.error
 
     def _write(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:

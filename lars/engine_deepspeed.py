@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lars.batch import BatchPlan
 from lars.config import Recipe
-from lars.engine import Engine
+from lars.engine_plain import Engine
 from lars.launched import Launched
 from lars.optimizer import LARS
 from lars.run import unwrapped_name

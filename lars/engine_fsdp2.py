@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lars.batch import BatchPlan
-from lars.engine import Engine
+from lars.engine_plain import Engine
 from lars.ghost_batchnorm import GhostBatchNorm2d
 from lars.optimizer import LARS
 from lars.run import unwrapped_name

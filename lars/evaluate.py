@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lars.config import Recipe
 from lars.data.index import Index
 from lars.data.loader import evaluation_batches
-from lars.engine import Engine
+from lars.engine_plain import Engine
 from lars.reduction import OrderFreeSum
 
 

@@ -94,8 +94,7 @@ class Training:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
             engine = f"{self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}"
-            print(f"{recipe.name}: {plan.start_up_line()} | {engine}", flush=True)
-            print(groups, flush=True)
+            print(f"{recipe.name}: {plan.start_up_line()} | {engine}\n{groups}", flush=True)
         return True
 
     def train(self) -> int:
@@ -127,7 +126,7 @@ class Training:
         digest = weights_sha256(self.engine.weights())
         if len(set(gather_object([digest]))) > 1:
             raise RuntimeError("the processes ended with different weights")
-        self.writer.wait()
+        self.writer.wait(needed=True)
         self.folder.end("finished", weights_sha256=digest, **self.position())
         progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
         return 0
@@ -276,8 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = config.load(args.config, args.overrides)
         config.import_model_file(args.config.parent)
         launched = Launched.read(recipe)
-        processes = launched.processes if args.processes is None else args.processes
-        checked = check(recipe, processes) if first or args.check else None
+        checked = check(recipe, launched.processes if args.processes is None else args.processes) if first or args.check else None
         if args.check:
             print(f"{recipe.name}: {checked[-1].start_up_line()}")
             return 0

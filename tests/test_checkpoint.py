@@ -109,6 +109,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path,
             else:
                 writer.wait()
                 assert "step 2 could not be written" in caplog.text and "going on" in caplog.text
+                with pytest.raises(OSError, match="step 2"):
+                    writer.wait(needed=True)  # a run does not end well without its last one
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(tmp_path)[1].step == 1

@@ -81,7 +81,7 @@ def take_timm() -> None:
     """In each rank: timm's LARS as its users have it, unbound, and without momentum from a checkpoint."""
     import timm.optim
 
-    from lars import engine, engine_deepspeed
+    from lars import engine_deepspeed, engine_plain
     from recipes import train
 
     def build(recipe: config.Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -90,7 +90,7 @@ def take_timm() -> None:
 
     train.build_optimizer, train.bind, train.group_table = build, lambda model, optimizer: None, lambda model, optimizer: ""
     train.evaluate = lambda *_: {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0}  # its weights may be past evaluating
-    for kind in (engine.Engine, engine_deepspeed.DeepSpeed):
+    for kind in (engine_plain.Engine, engine_deepspeed.DeepSpeed):
         kind.momentum, kind.load_momentum = lambda self: {}, lambda self, momentum: None
 
 

@@ -23,7 +23,7 @@ def wait_for(words: str, file: Path, ranks: Ranks, seconds: float = 120) -> None
 
 def slow_passes() -> None:
     """From the third step on a pass takes three seconds, so that a step of six passes takes eighteen."""
-    from lars.engine import Engine
+    from lars.engine_plain import Engine
 
     forward = Engine.forward
 

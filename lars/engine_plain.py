@@ -1,0 +1,173 @@
+"""The plain engine (one process, or data parallel with the order-free sum) and DDP; other engines change what they do otherwise."""
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from lars.batch import BatchPlan
+from lars.config import Recipe, RecipeError
+from lars.ghost_batchnorm import GhostBatchNorm2d
+from lars.keyed import mix64
+from lars.launched import Launched
+from lars.optimizer import LARS
+from lars.run import unwrapped_name
+
+_DROPOUT = 4  # what a random key is for
+
+
+class Engine:
+    """Forward and backward of a pass on this process's device, the same for every number of processes.
+
+    In the deterministic mode (`bitwise`) each process holds the whole model and the order-free sum exchanges the
+    gradient. Otherwise (`numeric`) DDP exchanges it during the last pass's backward, in floating point.
+
+    `model` is the model itself, `called` what an engine wrapped around it.
+    """
+
+    on_cpu = True  # whether accelerate has to be told that there is no GPU
+
+    def __init__(self, recipe: Recipe, launched: Launched) -> None:
+        self.recipe, self.launched = recipe, launched
+        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        _pin_arithmetic(recipe, cpu)
+        backend = None if "WORLD_SIZE" not in os.environ else "gloo" if cpu else "nccl"  # named, or accelerate finds none
+        self.accelerator = Accelerator(
+            cpu=cpu and self.on_cpu,
+            mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
+            log_with=recipe.trackers or None,
+            project_dir=recipe.run_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        _assert_processes(self.accelerator, launched.processes)
+        ddp = launched.engine == "plain" and launched.processes > 1 and not recipe.runtime.deterministic
+        self.name = "ddp" if ddp else launched.engine
+        self.exchanges_itself = self.name != "plain"
+        self.reproducibility = "bitwise" if self.name == "plain" and recipe.runtime.deterministic else "numeric"
+
+    def prepare(self, model: nn.Module, ghosts: list[GhostBatchNorm2d]) -> None:
+        """Put the model on the device, as the recipe's `runtime` keys say."""
+        runtime = self.recipe.runtime
+        self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
+        # a sharded weight is cut from contiguous memory; its activations may be channels last all the same
+        self.model = model.to(self.device, memory_format=self.memory_format if self.name in ("plain", "ddp") else torch.contiguous_format)
+        self.ghosts = ghosts
+        self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
+        if runtime.activation_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
+            model.set_grad_checkpointing()
+        if self.recipe.precision == "bf16":  # inside the model: DeepSpeed turns an autocast around it off
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+        self.called = self.evaluated = self.model
+
+    def wrap(self, optimizer: LARS, plan: BatchPlan) -> None:
+        """Build the engine around the model and the optimizer of its parameters."""
+        self.optimizer = optimizer
+        self.called = torch.compile(self.model) if self.recipe.runtime.compile else self.model
+        if self.exchanges_itself:
+            self.called = self.accelerator.prepare_model(self.called)
+            assert isinstance(self.called, nn.parallel.DistributedDataParallel), type(self.called)
+
+    def forward(self, images: Tensor, labels: Tensor, step: int, pass_index: int) -> Tensor:
+        """The mean loss of one pass; dropout depends on (seed, step, pass) alone.
+
+        Args:
+            images: uint8 (micro_batch, 3, size, size), on any device.
+            labels: int64 (micro_batch,).
+        """
+        torch.manual_seed(int(mix64(self.recipe.seed, _DROPOUT, step, pass_index)) >> 1)
+        logits = self.logits(self.called, images)
+        return F.cross_entropy(logits, labels.to(self.device), label_smoothing=self.recipe.augment.label_smoothing)
+
+    def exchange(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a pass: DDP exchanges in the last one's backward only."""
+        return self.called.no_sync() if self.exchanges_itself and not last else nullcontext()
+
+    def backward(self, loss: Tensor, passes: int) -> None:
+        """Gradients of one of `passes` passes of this process; the order-free sum divides by their number itself."""
+        (loss / passes if self.exchanges_itself else loss).backward()
+
+    def bad_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient DDP summed to something not finite; the order-free sum finds its own."""
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None] if self.exchanges_itself else []
+        if not named:
+            return []
+        finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
+        return [name for (name, _), fine in zip(named, finite) if not fine]
+
+    def step(self, lr: float) -> bool:
+        """One optimizer step at this rate; False if the engine left it out because the gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict with whole float32 weights and plain names; all processes call it together."""
+        return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def momentum(self) -> dict[str, Tensor]:
+        """{parameter name: whole velocity}; all processes call it together. Empty before the first step."""
+        state = self.optimizer.state
+        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters()]
+        return {name: state[p]["momentum_buffer"] for name, p in named if p in state}
+
+    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """The reverse of `momentum`."""
+        for name, p in self.model.named_parameters():
+            if unwrapped_name(name) in momentum:
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[unwrapped_name(name)])
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """float32 (n, num_classes); pixels are normalised on the device."""
+        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return model(images.contiguous(memory_format=self.memory_format)).float()
+
+    def statistics(self) -> Tensor:
+        """The batch norms' sums over the last forward's groups, one float64 vector."""
+        sums = [ghost.group_sums.reshape(-1) for ghost in self.ghosts]
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def update_statistics(self, means: Tensor) -> None:
+        """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
+        parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
+        for ghost, part in zip(self.ghosts, parts):
+            ghost.update_running(*part.view(2, -1))
+
+
+def _pin_arithmetic(recipe: Recipe, cpu: bool) -> None:
+    tf32 = recipe.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if recipe.runtime.deterministic:
+        if cpu:
+            torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a memory pass per allocation
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def _assert_processes(accelerator: Accelerator, launched: int) -> None:
+    """accelerate starts one process where a launch file asks for two CPU processes in the wrong words (its issue 2741)."""
+    alone = "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.num_processes != launched or alone:
+        raise RecipeError(
+            f"the launch file asked for {'several' if alone else launched} processes, accelerate has "
+            f"{accelerator.num_processes}: start with launch/cpu-2.yaml or launch/gpu.yaml"
+        )
