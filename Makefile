@@ -5,7 +5,7 @@ SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long parity bench
+.PHONY: help setup reproduce-demo prove test test-long parity chaos bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -35,6 +35,9 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
+
+chaos: $(SETUP)  ## one run interrupted fifty times in every way, against an undisturbed one; the log is committed
+	bash -o pipefail -c '$(PYTHON) tests/chaos.py | tee tests/chaos.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
