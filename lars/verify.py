@@ -1,0 +1,141 @@
+"""`python -m lars.verify RUN [--steps N] [key=value ...]`: train a run again and say whether it is the same run.
+
+RUN is a run folder, or a committed result such as recipes/demo/results/alexnet/seed-0: `config.yaml` (recipe and runtime
+keys), `metrics.jsonl`, `result.json`. With `--steps` only a prefix is trained. Three answers:
+
+- SAME RUN: every loss, evaluation and hash has the same bits.
+- DIFFERENT RUN, exit status 1: the numeric environments match and the bits do not; the first step that differs is named.
+- PASS or FAIL up to rounding, where the environments differ: same samples and rates, losses of the first two steps (from
+  the same weights, and after one update) within rounding, final top-1 within what seeds give (`lars.report`).
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lars import config
+from lars.config import RecipeError
+from lars.report import committed_results, expected_interval
+from lars.reproduce import launch_file, processes_of, reproduce
+from lars.run import read_lines, read_result
+
+# How far the loss of a step may be moved by rounding, relative to it: sqrt(n) roundings of the unit u (Higham and Mary
+# 2019). In float32 (u = 2^-24) each of a path's n = 10^5 additions rounds; in tf32 and bf16 (u = 2^-11, 2^-9) products
+# are added in float32, so only the inputs of its 200 layers do.
+LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 200**0.5 * 2.0**-9}
+
+
+def overrides_of(run: Path, recipe_file: Path) -> list[str]:
+    """`key=value` for each key of the run that changes it or its bits and is not what the recipe file says.
+
+    Raises:
+        RecipeError: the folder has no config.yaml.
+    """
+    if not (run / "config.yaml").is_file():
+        raise RecipeError(f"{run} has no config.yaml: give a run folder, or a committed recipes/<model>/results/<what>/seed-<n>")
+    ran = OmegaConf.load(run / "config.yaml")
+    recipe = config.load(recipe_file, [])
+    free = {k: v for k, v in config.flatten(recipe).items() if k.startswith("runtime.") or k in ("data.path", "data.revision")}
+    overrides = []
+    for key, written in {**config.trajectory(recipe), **free}.items():
+        value = OmegaConf.select(ran, key, default=written)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if value != written:
+            overrides.append(f"{key}={json.dumps(value)}")
+    return overrides
+
+
+def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
+    """Is `again`, a repetition of `run` or of its first steps, the same? The verdict, and lines that say why."""
+    claimed, repeated = read_result(run), read_result(again)
+    if claimed["data_fingerprint"] != repeated["data_fingerprint"]:
+        return False, [f"DIFFERENT DATA: fingerprint {claimed['data_fingerprint'][:12]} -> {repeated['data_fingerprint'][:12]}"]
+    steps = min(claimed["steps"], repeated["steps"])
+    whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
+    pairs = _pairs(run, again, "train", steps)
+    different = [(a, b) for a, b in (*pairs, *_pairs(run, again, "eval", steps)) if a != b]
+    hashes = [k for k in ("samples_hash", "weights_sha256") if whole and claimed[k] != repeated[k]]
+    length = f"{steps} steps" if whole else f"the first {steps} of {claimed['steps']} steps"
+    if not different and not hashes:
+        return True, [f"SAME RUN: {length}, bit for bit" + (f", weights {claimed['weights_sha256'][:16]}" if whole else "")]
+    reasons = [f"{k}: {a} -> {b}" for k, a, b in _environment(run, again) if a != b]
+    first = min(different, key=lambda pair: pair[0]["step"], default=None)
+    where = f"step {first[0]['step']}: {first[0]} -> {first[1]}" if first else f"{', '.join(hashes)} differ, the losses do not"
+    if not reasons:
+        return False, [f"DIFFERENT RUN: the numeric environment is the same and the bits are not; {where}"]
+    lines = [f"other bits are expected ({'; '.join(dict.fromkeys(reasons))}), so up to rounding:"]
+    bound = LOSS_BOUND[OmegaConf.load(again / "config.yaml").precision]
+    checks = [("rates", all(a["lr"] == b["lr"] and a["images"] == b["images"] for a, b in pairs), "")]
+    if whole:
+        checks.append(("samples", "samples_hash" not in hashes, claimed["samples_hash"]))
+    for name, (a, b) in zip(("loss from the same weights", "loss after one update"), pairs):
+        apart = abs(a["loss"] - b["loss"]) / abs(a["loss"])
+        checks.append((name, apart <= bound, f"{apart:.1e} apart, bound {bound:.1e}"))
+    interval = expected_interval([r["top1"] for r in committed_results(claimed["recipe"])])
+    if whole and interval:
+        inside = interval[0] <= repeated["top1"] <= interval[1]
+        checks.append(("top-1", inside, f"{repeated['top1']:.2f} %, expected {interval[0]:.1f} ... {interval[1]:.1f}, claimed {claimed['top1']:.2f}"))
+    elif whole:
+        checks.append(("top-1", True, f"{repeated['top1']:.2f} %, claimed {claimed['top1']:.2f}; no verdict without three committed seeds"))
+    good = all(passed for _, passed, _ in checks)
+    lines += [f"  {'PASS' if passed else 'FAIL'}  {name}  {detail}".rstrip() for name, passed, detail in checks]
+    return good, [*lines, f"{'PASS' if good else 'FAIL'} up to rounding: {length}"]
+
+
+def _pairs(run: Path, again: Path, kind: str, steps: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Lines of the steps that both have, without what is only speed."""
+    both = []
+    for folder in (run, again):
+        lines = read_lines(folder / "metrics.jsonl", kind)
+        both.append({x["step"]: {k: v for k, v in x.items() if k != "images_per_second"} for x in lines if x["step"] <= steps})
+    return [(both[0][step], both[1][step]) for step in sorted(both[0].keys() & both[1].keys())]
+
+
+def _environment(run: Path, again: Path) -> list[tuple[str, Any, Any]]:
+    """(what, there, here) of all that decides whether bits can be the same. A numeric run promises none, not even to itself."""
+    claimed, repeated = read_result(run), read_result(again)
+    rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in sorted(repeated["environment"]) if k != "python"]
+    there, here = (OmegaConf.load(folder / "config.yaml").runtime for folder in (run, again))
+    rows += [(f"runtime.{k}", there.get(k), here[k]) for k in here if k != "hang_seconds"]
+    return rows + [("reproducibility", r["reproducibility"], "bitwise") for r in (claimed, repeated)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--recipe", type=Path, help="its recipe's file (default: recipes/<name>.yaml)")
+    parser.add_argument("--steps", type=int, help="train only so many steps (default: as many as RUN has)")
+    parser.add_argument("--launch", help="a file of launch/, by name (default: all GPUs, else cpu-2)")
+    parser.add_argument("--nproc", type=int, help="processes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in data.path=FOLDER")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        claimed = read_result(args.run)
+        if not claimed.get("steps"):
+            raise RecipeError(f"{args.run} holds no run with a step to verify (no result.json, or 0 steps)")
+        recipe = args.recipe or Path("recipes", f"{claimed['recipe']}.yaml")
+        keys = [*overrides_of(args.run, recipe), *args.overrides]
+        place = Path("runs/verify", f"{claimed['recipe']}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
+        file = launch_file(args.launch)
+        steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
+        processes = processes_of(file, args.nproc)
+        again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not well:
+        print(f"FAIL: {again} did not end well, see above; start again to resume it")
+        return 1
+    good, lines = compare(args.run, again)
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
