@@ -42,3 +42,4 @@ chaos: $(SETUP)  ## one run interrupted fifty times in every way, against an und
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
 	$(PYTHON) -m tests.benchmarks.optimizer_step --json > tests/benchmarks/optimizer_step.json
+	$(PYTHON) -m tests.benchmarks.memory --json > tests/benchmarks/memory.json

@@ -29,6 +29,7 @@ from lars.data.order import Order, samples_hash
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched
+from lars.memory import memory_line
 from lars.nonfinite import explain_nonfinite
 from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
@@ -42,13 +43,13 @@ from lars.watchdog import Watchdog
 class Training:
     """One run of a recipe on this process."""
 
-    def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, checked: tuple[Index, Index, BatchPlan] | None) -> None:
+    def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, checked: tuple[Index, Index, BatchPlan, str] | None) -> None:
         """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
         self.recipe, self.config_file, self.running = recipe, config_file, False
         self.engine = start_engine(recipe, launched)
         self.stop = StopRequest()  # from here on: until the processes have met, SIGTERM ends them at once
         self.rank = self.engine.rank
-        self.train_index, self.val_index, self.plan = broadcast_object_list([checked])[0]
+        self.train_index, self.val_index, self.plan, self.memory = broadcast_object_list([checked])[0]
         self.folder = RunFolder(recipe, writes=self.rank == 0)
         self.stop.connect()
         self.watchdog = Watchdog(self.rank, self.plan.processes, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
@@ -86,15 +87,14 @@ class Training:
             "engine": self.engine.name,
             "data_fingerprint": self.fingerprint,
             "environment": environment(self.engine.device),
-            "top1": self.evaluation.get("top1"),
-            "top5": self.evaluation.get("top5"),
+            **{key: self.evaluation.get(key) for key in ("top1", "top5")},
         }
         self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
             engine = f"{self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}"
-            print(f"{recipe.name}: {plan.start_up_line()} | {engine}\n{groups}", flush=True)
+            print(f"{recipe.name}: {plan.start_up_line()} | {engine}\n{self.memory}\n{groups}", flush=True)
         return True
 
     def train(self) -> int:
@@ -251,14 +251,14 @@ class Training:
         return checkpoint.load_momentum(saved)
 
 
-def check(recipe: Recipe, processes: int) -> tuple[Index, Index, BatchPlan]:
-    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model."""
+def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, BatchPlan, str]:
+    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model; last, what memory it needs."""
     if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
         raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     plan = BatchPlan.of(recipe, train.samples, processes)
-    build_optimizer(recipe, build_model(recipe)[0])
-    return train, val, plan
+    build_optimizer(recipe, model := build_model(recipe)[0])
+    return train, val, plan, memory_line(model, recipe, plan, engine)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -275,9 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = config.load(args.config, args.overrides)
         config.import_model_file(args.config.parent)
         launched = Launched.read(recipe)
-        checked = check(recipe, launched.processes if args.processes is None else args.processes) if first or args.check else None
+        checked = check(recipe, launched.engine, launched.processes if args.processes is None else args.processes) if first or args.check else None
         if args.check:
-            print(f"{recipe.name}: {checked[-1].start_up_line()}")
+            print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
             return 0
         training = Training(recipe, args.config, launched, checked)
         return training.train() if training.setup() else 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes" / "demo"
@@ -90,6 +91,7 @@ def _rank(rank: int, variables: dict[str, str], recipe: str, overrides: tuple[st
         os.dup2(stream.fileno(), 2)
     if variables:
         os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=variables["WORLD_SIZE"], OMP_NUM_THREADS="1")
+        torch.set_num_threads(1)  # torch is imported already and no longer looks at OMP_NUM_THREADS
     from recipes.train import main
 
     if first:

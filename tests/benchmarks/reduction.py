@@ -8,6 +8,10 @@ Three ways over the gradient of ResNet-50 (25.6 million elements), V passes on W
 
 Reports milliseconds a step without the forward and backward (median), bytes on the wire and of extra memory per
 element, the one-step error against float64, and whether W = 1, 2, 4 gave one hash.
+
+Then what the promise costs in a whole step, data included: `recipes/train.py` as it is, with
+`runtime.deterministic=false`, and a loop of plain PyTorch (DDP, `no_sync` until the last pass, standard batch norm,
+fused SGD) that reads the same batches; 8 passes of 32 images, at 2 and 4 processes, for a small and a large ResNet-50.
 """
 from __future__ import annotations
 
@@ -16,15 +20,29 @@ import hashlib
 import json
 import platform
 import statistics
+import sys
+import tempfile
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from lars.reduction import OrderFreeSum
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import DEMO, play  # noqa: E402
+from lars import config  # noqa: E402
+from lars.batch import BatchPlan  # noqa: E402
+from lars.data.index import build_indexes  # noqa: E402
+from lars.data.loader import training_batches  # noqa: E402
+from lars.data.order import Order  # noqa: E402
+from lars.reduction import OrderFreeSum  # noqa: E402
+from lars.run import read_lines  # noqa: E402
 
 PASSES, STEPS, WARM_UP = 8, 5, 1
 
@@ -125,6 +143,58 @@ def _rank(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
     dist.destroy_process_group()
 
 
+STEP_KEYS = ("global_batch=256", "bn_group=32", "runtime.micro_batch=32", "epochs=4", "trackers=[]")
+MODELS = {"small, 0.4 million weights": [8, 16, 32, 64], "large, 23.5 million weights": [64, 128, 256, 512]}
+
+
+def _ddp_loop(rank: int, world: int, port: int, keys: tuple[str, ...], answer: mp.SimpleQueue) -> None:
+    """A user's own loop on the same batches; the seconds of each step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    recipe = config.load(DEMO / "resnet50.yaml", list(keys))
+    index, _ = build_indexes(recipe.data, 10)
+    plan = BatchPlan.of(recipe, index.samples, world)
+    slots = [range(i * 32, i * 32 + 32) for i in plan.local_passes(rank)]
+    batches = training_batches(Order(index, 0, plan.global_batch, 32), index, recipe, slots, 0)
+    model = DistributedDataParallel(timm.create_model("resnet50", num_classes=10, **recipe.model.kwargs), gradient_as_bucket_view=True)
+    optimizer, times = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True), []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        for part in slots:
+            batch = next(batches)
+            with nullcontext() if part is slots[-1] else model.no_sync():
+                logits = model(batch.images.float().sub_(73.0).div_(90.0).contiguous())
+                (F.cross_entropy(logits, batch.labels, label_smoothing=0.1) / len(slots)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    batches.close()
+    if rank == 0:
+        answer.put(times[WARM_UP:])
+    dist.destroy_process_group()
+
+
+def measure_steps() -> dict:
+    """{model: {processes: {"ms": {loop: ...}, "ratio": {loop: to DDP's own}}}}."""
+    table: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n, (name, channels) in enumerate(MODELS.items()):
+            for world in (2, 4):
+                keys, times = (*STEP_KEYS, f"model.kwargs.channels={channels}"), {}
+                for loop, deterministic in (("deterministic", "true"), ("not deterministic", "false")):
+                    run = Path(folder, f"{n}-{world}-{deterministic}")
+                    more = (f"runtime.deterministic={deterministic}", f"max_steps={WARM_UP + STEPS}", f"run_dir={run}")
+                    play(world, DEMO / "resnet50.yaml", *keys, *more, log=Path(folder, "log"))
+                    times[loop] = [256 / line["images_per_second"] for line in read_lines(run / "metrics.jsonl", "train")][WARM_UP:]
+                answer = mp.get_context("spawn").SimpleQueue()
+                mp.spawn(_ddp_loop, (world, 29610 + world + n, keys, answer), nprocs=world)
+                times["DDP's own loop"] = answer.get()
+                ms = {loop: round(1000 * statistics.median(seconds), 1) for loop, seconds in times.items()}
+                ratio = {loop: round(median / ms["DDP's own loop"], 2) for loop, median in ms.items()}
+                table.setdefault(name, {})[world] = {"ms": ms, "ratio": ratio}
+    return table
+
+
 def measure() -> dict:
     """{way: {"ms": {W: ...}, "ratio": {W: to float}, "error", "one_hash", ...}}."""
     rows: dict[str, dict] = {}
@@ -141,7 +211,7 @@ def measure() -> dict:
         row["ratio"] = {w: round(ms / rows["float"]["ms"][w], 2) for w, ms in row["ms"].items()}
         row["one_hash"] = len(row.pop("hashes")) == 1
     machine = {"cpu": platform.processor() or platform.machine(), "cores": torch.multiprocessing.cpu_count(), "torch": torch.__version__}
-    return {"elements": 25_557_032, "passes": PASSES, "machine": machine, "ways": rows}
+    return {"elements": 25_557_032, "passes": PASSES, "machine": machine, "ways": rows, "steps": measure_steps()}
 
 
 def main() -> None:
@@ -154,6 +224,9 @@ def main() -> None:
         return
     for name, row in result["ways"].items():
         print(f"{name:8} {row['ms']} ms, ratio {row['ratio']}, error {row['error']:.1e}, one hash: {row['one_hash']}")
+    for name, worlds in result["steps"].items():
+        for world, row in worlds.items():
+            print(f"{name}, {world} processes: {row['ms']} ms, ratio {row['ratio']}")
 
 
 if __name__ == "__main__":

@@ -59,17 +59,35 @@ def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: i
     assert read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199  # 25 chunks: not the same number on each process
 
 
+def tie() -> None:
+    """Registers a ResNet-50 two of whose convolutions have one weight."""
+    import timm
+
+    def tied_resnet50(pretrained: bool = False, **kwargs) -> torch.nn.Module:
+        own = {key: kwargs[key] for key in ("num_classes", "channels", "layers", "zero_init_last") if key in kwargs}
+        model = timm.create_model("resnet50", **own)
+        model.layer1[1].conv2.weight = model.layer1[0].conv2.weight
+        return model
+
+    if not timm.is_model("tied_resnet50"):
+        timm.models.register_model(tied_resnet50)
+
+
 @pytest.mark.long
-def test_a_run_goes_on_over_changes_of_engine(control: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    """plain -> ZeRO-2 -> ZeRO-3 -> FSDP2 -> plain, one step each; every step is bound to the one before by the control's rule."""
-    run = tmp_path / "run"
+@pytest.mark.parametrize("more", [(), ("runtime.channels_last=true",), ("model.name=tied_resnet50", "model.kwargs.layers=[2,1,1,1]")])
+def test_a_run_goes_on_over_changes_of_engine(more: tuple[str, ...], tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """plain -> ZeRO-2 -> ZeRO-3 -> FSDP2 -> plain, one step each, every one within rounding of the plain engine's."""
+    tie()  # for `bounds` in this process
+    run, keys = tmp_path / "run", (*tiny, *more)
+    play(1, RECIPE, *keys, "max_steps=1", "checkpoint.keep=9", f"run_dir={run}", log=tmp_path / "log", first=tie)
     for step, engine in enumerate(("zero2", "zero3", "fsdp2", "")):
-        if step == 0:
-            play(1, RECIPE, *tiny, "max_steps=1", "checkpoint.keep=9", f"run_dir={run}", log=tmp_path / "log")
         beside = tmp_path / f"control-{step}"  # what the plain engine makes of the same checkpoint
-        one_step("plain", 1, run, step + 1, tiny, beside)
-        play(2, RECIPE, *tiny, f"max_steps={step + 2}", "checkpoint.keep=9", f"run_dir={run}", log=tmp_path / "log", where=engine)
-        assert_same_step(weights_after(run, step + 2), beside, step + 1, tiny)
+        one_step("plain", 1, run, step + 1, keys, beside, first=tie)
+        last = (f"max_steps={step + 2}", "checkpoint.keep=9", f"run_dir={run}")
+        play(2, RECIPE, *keys, *last, log=tmp_path / "log", where=engine, first=tie)
+        assert_same_step(weights_after(run, step + 2), beside, step + 1, keys)
+    stored = load_file(run / "checkpoints/step-00000005/momentum.safetensors")
+    assert "layer1.0.conv2.weight" in stored and "layer1.1.conv2.weight" not in stored  # tied: under its first name
 
 
 @pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.long), "zero2", pytest.param("zero3", marks=pytest.mark.long)])
