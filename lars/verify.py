@@ -59,8 +59,10 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     steps = min(claimed["steps"], repeated["steps"])
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     pairs = _pairs(run, again, "train", steps)
+    if len(pairs) < steps:
+        return False, [f"NO PROOF: metrics.jsonl has {len(pairs)} of the {steps} steps"]
     different = [(a, b) for a, b in (*pairs, *_pairs(run, again, "eval", steps)) if a != b]
-    hashes = [k for k in ("samples_hash", "weights_sha256") if whole and claimed[k] != repeated[k]]
+    hashes = [k for k in ("samples_hash", "weights_sha256", "top1", "top5") if whole and claimed[k] != repeated[k]]
     length = f"{steps} steps" if whole else f"the first {steps} of {claimed['steps']} steps"
     if not different and not hashes:
         return True, [f"SAME RUN: {length}, bit for bit" + (f", weights {claimed['weights_sha256'][:16]}" if whole else "")]

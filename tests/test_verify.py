@@ -38,12 +38,17 @@ def test_the_same_run_and_its_prefix(tiny_runs: dict[int, Path], altered: Callab
     assert compare(tiny_runs[1], altered(last=9)) == (True, ["SAME RUN: the first 9 of 24 steps, bit for bit"])
 
 
+def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    assert compare(tiny_runs[1], altered(last=9, steps=10)) == (False, ["NO PROOF: metrics.jsonl has 9 of the 10 steps"])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"step": 5, "loss_factor": 1 + 2**-50}, "step 5"),
         ({"weights_sha256": "0" * 64}, "weights_sha256 differ"),
         ({"samples_hash": "0" * 16}, "samples_hash differ"),
+        ({"top1": 99.0}, "top1 differ"),
         ({"data_fingerprint": "0" * 64}, "DIFFERENT DATA"),
     ],
 )
