@@ -43,6 +43,8 @@ class BatchPlan:
             raise RecipeError(
                 f"runtime.micro_batch={micro} does not divide global_batch={batch}{multiple}: {_nearest(micro, allowed)}"
             )
+        if (recipe.augment.mixup or recipe.augment.cutmix) and micro % 2:
+            raise RecipeError(f"augment.mixup and augment.cutmix mix pairs of slots at least: runtime.micro_batch={micro} must be even")
         passes = batch // micro
         if passes % processes:
             admits = [d for d in _divisors(batch) if d % (group or 1) == 0 and (batch // d) % processes == 0]

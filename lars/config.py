@@ -36,9 +36,10 @@ class Data:
     image_column: str = MISSING
     label_column: str = MISSING
     max_bad_fraction: float = MISSING  # undecodable images allowed, as a share of those read; they are replaced
-    path: str = MISSING  # what datasets.load_dataset takes: a Hub id, or a folder; "./..." is relative to the recipe
+    path: str = MISSING  # a Hub id, a folder ("./..." is relative to the recipe), or the address of one (https://, s3://, ...)
     revision: str | None = None  # of a Hub data set: branch, tag or commit
-    workers: int = 2  # decoding threads per process
+    workers: int | None = None  # decoding processes of each rank; null: its share of the cores less one, at most 16
+    retry_seconds: float = 300.0  # how long a read that fails is tried again; then the run saves and stops
 
 
 @dataclass
@@ -49,6 +50,10 @@ class Augment:
     resize: int | None = MISSING  # random_crop: the shorter side is brought to this first; null leaves the image
     pad: int = MISSING  # random_crop: zero pixels added on every side first
     flip: float = MISSING  # probability of a horizontal flip
+    randaugment: str | None = MISSING  # timm's policy, as in rand-m9-mstd0.5-inc1; null: none
+    erase: float = MISSING  # probability of random erasing
+    mixup: float = MISSING  # alpha of mixup inside each batch-norm group; 0: none
+    cutmix: float = MISSING  # alpha of cutmix, likewise; with both each group draws one of them
     eval_resize: int = MISSING  # evaluation: the shorter side, then the centre image_size is cut
     mean: list[float] = MISSING  # subtracted from 0 ... 255
     std: list[float] = MISSING  # divided by
@@ -115,7 +120,7 @@ class Recipe:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # accelerate's trackers
 
 
-FREE_KEYS = ("name", "run_dir", "data.path", "data.revision", "data.workers", "runtime", "max_steps", "checkpoint", "ledger", "trackers")
+FREE_KEYS = ("name", "run_dir", "data.path", "data.revision", "data.workers", "data.retry_seconds", "runtime", "max_steps", "checkpoint", "ledger", "trackers")
 """Keys that never change the trajectory; every other key is compared when a run is resumed."""
 
 _CHOICES = {
@@ -133,9 +138,13 @@ _LIMITS = {
     "model.image_size": _POSITIVE,
     "data.max_bad_fraction": _SHARE,
     "data.workers": _POSITIVE,
+    "data.retry_seconds": _POSITIVE,
     "augment.resize": _POSITIVE,
     "augment.pad": _NOT_NEGATIVE,
     "augment.flip": "must lie in [0, 1]",
+    "augment.erase": "must lie in [0, 1]",
+    "augment.mixup": _NOT_NEGATIVE,
+    "augment.cutmix": _NOT_NEGATIVE,
     "augment.eval_resize": _POSITIVE,
     "augment.label_smoothing": _SHARE,
     "global_batch": _POSITIVE,
@@ -276,6 +285,13 @@ def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
     if recipe.augment.eval_resize < recipe.model.image_size:
         raise RecipeError(
             f"augment.eval_resize={recipe.augment.eval_resize} is smaller than model.image_size={recipe.model.image_size}"
+        )
+    if recipe.augment.randaugment is not None and not recipe.augment.randaugment.startswith("rand"):
+        raise RecipeError(f"augment.randaugment={recipe.augment.randaugment} is no policy of timm: write it as in rand-m9-mstd0.5-inc1")
+    if recipe.data.retry_seconds >= recipe.runtime.hang_seconds:
+        raise RecipeError(
+            f"data.retry_seconds={recipe.data.retry_seconds:g} must be below runtime.hang_seconds={recipe.runtime.hang_seconds:g}, "
+            "or the run would be ended as hanging first"
         )
     if recipe.seed >= 2**63:
         raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
+from lars.data.mix import group_size, mix
 from lars.ghost_batchnorm import GhostBatchNorm2d
 from lars.keyed import mix64
 from lars.launched import Launched
@@ -89,8 +90,11 @@ class Engine:
             labels: int64 (micro_batch,).
         """
         torch.manual_seed(int(mix64(self.recipe.seed, _DROPOUT, step, pass_index)) >> 1)
-        logits = self.logits(self.called, images)
-        return F.cross_entropy(logits, labels.to(self.device), label_smoothing=self.recipe.augment.label_smoothing)
+        pixels, targets = self.pixels(images), labels.to(self.device, non_blocking=True)
+        if group_size(self.recipe):
+            pixels, targets = mix(pixels, targets, self.recipe, step, pass_index * len(labels))
+        logits = self.called(pixels.contiguous(memory_format=self.memory_format)).float()
+        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.augment.label_smoothing)
 
     def exchange(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a pass: DDP exchanges in the last one's backward only."""
@@ -133,9 +137,12 @@ class Engine:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[unwrapped_name(name)])
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """float32 (n, num_classes); pixels are normalised on the device."""
-        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
-        return model(images.contiguous(memory_format=self.memory_format)).float()
+        """float32 (n, num_classes) of uint8 images."""
+        return model(self.pixels(images).contiguous(memory_format=self.memory_format)).float()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images to the device, where they are normalised."""
+        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
 
     def statistics(self) -> Tensor:
         """The batch norms' sums over the last forward's groups, one float64 vector."""

@@ -14,11 +14,16 @@ from lars.reduction import OrderFreeSum
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int, stopping: Callable[[int], bool]) -> dict[str, float] | None:
-    """{"loss", "top1", "top5" (per cent), "images"} over every image once; None if it was stopped on the way.
+def evaluate(
+    engine: Engine, recipe: Recipe, index: Index, chunk: int, stopping: Callable[[int], bool], asked: Callable[[], bool]
+) -> tuple[dict[str, float] | None, Exception | None]:
+    """{"loss", "top1", "top5" (per cent), "images"} over every image once; None if it was stopped, or samples were lacking.
+
+    The second value is what this process lacked.
 
     The split is cut into chunks of `chunk` samples, the last one shorter; processes take chunks, so no sample is padded
-    or seen twice, and the chunks do not depend on the number of processes. `stopping` is asked before each chunk.
+    or seen twice, and the chunks do not depend on the number of processes. `stopping` is asked before each chunk by all,
+    `asked` while this process waits for data.
 
     Raises:
         RuntimeError: the images counted are not the split's, or some of them cannot be decoded.
@@ -26,34 +31,36 @@ def evaluate(engine: Engine, recipe: Recipe, index: Index, chunk: int, stopping:
     """
     chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
     mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
-    total = OrderFreeSum([], passes=1, floats=1, counts=4, device=engine.device)
+    total = OrderFreeSum([], passes=1, floats=1, counts=5, device=engine.device)
     engine.evaluated.eval()
-    batches = evaluation_batches(index, recipe, chunk, mine)
+    batches = evaluation_batches(index, recipe, chunk, mine, engine.device)
+    batches.stop, lacking = asked, None
     for turn in range(-(-chunks // processes)):
         if stopping(turn):
             batches.close()
-            return None
-        batch = next(batches, None)
-        if batch is None:  # where a forward gathers weights all processes take part, also one whose chunks have ended
+            return None, lacking
+        if turn >= len(mine):  # where a forward gathers weights all processes take part, also one whose chunks have ended
             engine.logits(engine.evaluated, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
             continue
+        first = mine[turn] * chunk
+        batch = batches.take(min(chunk, index.samples - first))
+        lacking = lacking or batch.lacking
         labels = batch.labels.to(engine.device)
         logits = engine.logits(engine.evaluated, batch.images)
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels), batch.bad])
+        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels), batch.bad, lacking is not None])
+    batches.close()
     engine.evaluated.train()
     sums = total.finish()
-    top1, top5, images, bad = sums.counts
+    top1, top5, images, bad, stand_ins = sums.counts
+    if stand_ins:
+        return None, lacking
     if bad:
         raise RuntimeError(f"{bad} images of the validation split cannot be decoded: its accuracy would be another split's")
     if sums.bad_floats:
         raise FloatingPointError("the evaluation loss is not finite")
     if images != index.samples:
         raise RuntimeError(f"evaluated {images} images, but the split has {index.samples}")
-    return {
-        "loss": float(sums.floats[0]) / images,
-        "top1": 100 * top1 / images,
-        "top5": 100 * top5 / images,
-        "images": images,
-    }
+    shares = {"loss": float(sums.floats[0]) / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    return {**shares, "images": images}, None

@@ -23,15 +23,18 @@ class Progress:
         terminal = shown and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True) if terminal else None
 
-    def step(self, step: int, loss: float, lr: float, images_per_second: float) -> None:
+    def step(self, step: int, loss: float, lr: float, images_per_second: float, waited: float) -> None:
+        """`waited`: seconds that this process has waited for data so far; told where it is a hundredth of the time or more."""
+        share = waited / (time.time() - self.started)
+        starved = f", {share:.0%} of the time waiting for data" if share >= 0.01 else ""
         if self.bar:
             self.bar.update(1)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {images_per_second:,.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {images_per_second:,.0f} images/s{starved}")
         elif self.shown and (time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)):
             self.last_line = time.time()
             left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
             self._print(
-                f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {images_per_second:,.0f} images/s  {_clock(left)} left"
+                f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {images_per_second:,.0f} images/s{starved}  {_clock(left)} left"
             )
 
     def note(self, text: str) -> None:

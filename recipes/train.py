@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from lars import bind, checkpoint, config
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
 from lars.data.index import Index, build_indexes, fingerprint
-from lars.data.loader import Batch, training_batches
+from lars.data.loader import Loader, data_line, training_batches
 from lars.data.order import Order, samples_hash
+from lars.data.source import DataError
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched
@@ -45,7 +45,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, checked: tuple[Index, Index, BatchPlan, str] | None) -> None:
         """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
-        self.recipe, self.config_file, self.running = recipe, config_file, False
+        self.recipe, self.config_file = recipe, config_file
         self.engine = start_engine(recipe, launched)
         self.stop = StopRequest()  # from here on: until the processes have met, SIGTERM ends them at once
         self.rank = self.engine.rank
@@ -55,6 +55,7 @@ class Training:
         self.watchdog = Watchdog(self.rank, self.plan.processes, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
         self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
+        self.lacking: Exception | None = None  # why this process has no samples
 
     def setup(self) -> bool:
         """Model, optimizer, schedule, sample order, the newest checkpoint; False if the run is finished already."""
@@ -73,7 +74,7 @@ class Training:
         self.engine.load_momentum(momentum)
         summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         statistics = sum(2 * ghost.num_features for ghost in ghosts)
-        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=2, device=self.engine.device)
+        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         before = read_result(recipe.run_dir)
         if before.get("status") == "finished" and before["steps"] >= self.last_step:
@@ -99,16 +100,16 @@ class Training:
 
     def train(self) -> int:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
-        recipe, plan, self.running = self.recipe, self.plan, True
+        recipe, plan = self.recipe, self.plan
         evaluations = {s for s in plan.evaluation_steps() if s <= self.last_step} | {self.last_step}
         saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps)) - {0}
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
-        batches = training_batches(self.order, self.train_index, recipe, slots, self.step)
+        batches = self.batches(slots)
         progress = Progress(recipe.name, self.step, self.last_step, shown=self.rank == 0)
         try:
             while True:
                 if self.step in evaluations and self.evaluation.get("step") != self.step and not self.evaluate(progress):
-                    return self.preempted(progress)
+                    return self.stopped(progress)
                 if self.step in saves or self.step == self.last_step:
                     self.save()
                 if self.step == self.last_step:
@@ -116,10 +117,10 @@ class Training:
                 started = time.perf_counter()
                 loss, lr = self.train_step(batches, slots)
                 if loss is None:
-                    return self.preempted(progress)
+                    return self.stopped(progress)
                 took = time.perf_counter() - started
                 self.seconds += took
-                self.log_step(progress, loss, lr, took)
+                self.log_step(progress, loss, lr, took, batches.waited)
         finally:
             progress.close()
             batches.close()
@@ -131,13 +132,20 @@ class Training:
         progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
         return 0
 
-    def train_step(self, batches: Iterator[Batch], slots: list[range]) -> tuple[float | None, float]:
-        """One optimizer step; returns its mean loss and its rate. The loss is None if the step was dropped for a signal."""
+    def batches(self, slots: list[range]) -> Loader:
+        """The passes of this process from the present step on."""
+        batches = training_batches(self.order, self.train_index, self.recipe, slots, self.step, self.last_step, self.engine.device)
+        batches.stop = lambda: self.stop.asked
+        return batches
+
+    def train_step(self, batches: Loader, slots: list[range]) -> tuple[float | None, float]:
+        """One optimizer step; returns its mean loss and its rate. The loss is None if it was dropped: a signal, or no samples."""
         consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
         for index, part in zip(self.plan.local_passes(self.rank), slots):
             if self.stopping(index):
                 return None, lr
-            batch = next(batches)
+            batch = batches.take(len(part))
+            self.lacking = self.lacking or batch.lacking
             with self.engine.exchange(last=part is slots[-1]):
                 loss = self.engine.forward(batch.images, batch.labels, self.step, index)
                 self.engine.backward(loss, len(slots))
@@ -146,8 +154,10 @@ class Training:
             consumed += samples_hash(self.step, part, batch.ids)
             bad += batch.bad
             ids.append(torch.from_numpy(batch.ids))
-        self.sums.add_counts([consumed, bad])
+        self.sums.add_counts([consumed, bad, self.lacking is not None])
         sums = self.sums.finish()
+        if sums.counts[2]:  # some process played a stand-in; nothing of the step has been applied yet
+            return None, lr
         sums.bad_gradients += self.engine.bad_gradients()
         if sums.bad_gradients or sums.bad_floats:
             self.explain(sums, slots)
@@ -166,8 +176,7 @@ class Training:
 
     def explain(self, sums: StepSums, slots: list[range]) -> None:
         """Play the unfinished step again to find where it stopped being finite, and end the run there."""
-        again = training_batches(self.order, self.train_index, self.recipe, slots, self.step)
-        passes = zip(self.plan.local_passes(self.rank), again)
+        passes = zip(self.plan.local_passes(self.rank), self.batches(slots))
         explain_nonfinite(self.step, self.model, (partial(self.engine.forward, b.images, b.labels, self.step, i) for i, b in passes), sums.bad_gradients)
 
     def stopping(self, part: int) -> bool:
@@ -175,10 +184,13 @@ class Training:
         self.watchdog.at(self.step, part)
         return self.stop.agreed()
 
-    def preempted(self, progress: Progress) -> int:
-        """Drop the step under way (or the evaluation), save the last finished step."""
+    def stopped(self, progress: Progress) -> int:
+        """Drop the step under way (or the evaluation), save the last finished step; end as the signal, or as what is lacking, says."""
         self.save()
         self.writer.wait()
+        if errors := [e for e in gather_object([self.lacking]) if e and not isinstance(e, InterruptedError)]:
+            progress.note(f"step {self.step} is saved; once the data are there, start the same command again to go on")
+            raise errors[0]
         self.folder.end("preempted", **self.position())
         progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")
         return EXIT_STOPPED
@@ -186,7 +198,7 @@ class Training:
     def evaluate(self, progress: Progress) -> bool:
         """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split; False if stopped."""
         self.audit()
-        result = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping)
+        result, self.lacking = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping, lambda: self.stop.asked)
         if result is None:
             return False
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
@@ -210,13 +222,13 @@ class Training:
             progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
             self.writer.save(checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe), self.aliases), weights, momentum)
 
-    def log_step(self, progress: Progress, loss: float, lr: float, took: float) -> None:
+    def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         rate = self.plan.global_batch / took
         values = {"step": self.step, "epoch": self.epoch, "loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
         self.folder.result.update(self.position())
         self.folder.log("train", **values, images_per_second=round(rate, 1))
         self.track({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate})
-        progress.step(self.step, loss, lr, rate)
+        progress.step(self.step, loss, lr, rate, waited)
 
     def track(self, values: dict[str, float]) -> None:
         if self.recipe.trackers:
@@ -252,13 +264,13 @@ class Training:
 
 
 def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, BatchPlan, str]:
-    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model; last, what memory it needs."""
+    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model; last, what it needs."""
     if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
         raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, model := build_model(recipe)[0])
-    return train, val, plan, memory_line(model, recipe, plan, engine)
+    return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -281,12 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         training = Training(recipe, args.config, launched, checked)
         return training.train() if training.setup() else 0
-    except (RecipeError, ShardingError) as error:
-        if first or training is not None and training.running:  # what one rank alone finds in its data, it alone can tell
+    except (RecipeError, ShardingError, DataError) as error:
+        if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if training is not None:
             training.folder.end("failed", error=str(error))
-        return 2
+        return 1 if isinstance(error, DataError) else 2
     except BaseException as error:
         if training is not None:
             training.folder.end("failed", error=f"{type(error).__name__}: {error}")

@@ -1,19 +1,23 @@
-"""Crop and flip, keyed by (seed, epoch, sample id): the same pixels on any worker of any rank."""
+"""What a sample looks like, keyed by (seed, epoch, sample id): the same pixels on any worker of any rank."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lars.config import Augment
-from lars.data.decode import decode
+from lars.data.decode import Encoded
 from lars.keyed import uniform
 
 _AUGMENT = 3  # what a random key is for
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
-DRAWS = 4 * _TRIES + 1
+DRAWS = 4 * _TRIES + 3
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # of random erasing, as in timm
 
 
 def draws_of(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -21,45 +25,73 @@ def draws_of(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return uniform(DRAWS, seed, _AUGMENT, epochs[:, None], samples[:, None])
 
 
-def training_image(data: bytes, augment: Augment, size: int, draws: np.ndarray) -> np.ndarray:
+def training_image(data: bytes | memoryview | None, augment: Augment, size: int, draws: np.ndarray) -> np.ndarray:
     """uint8 (size, size, 3): one random view of a sample; `draws` is its row of `draws_of`.
 
     Raises:
         BadImage: from `decode`.
     """
-    draws = iter(draws.tolist())
+    image, draw = Encoded(data), iter(draws.tolist())
     if augment.crop == "random_resized_crop":
-        image = decode(data)  # at full scale: the crop may be a small part of it
-        box = _random_box(image.size, augment, draws)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        pixels = _random_resized_crop(image, augment, size, draw)
     else:
-        image = decode(data, augment.resize)
-        image = _resize_shorter(image, augment.resize) if augment.resize else image
-        image = ImageOps.expand(image, augment.pad) if augment.pad else image
-        image = ImageOps.expand(image, _missing(image.size, size)) if min(image.size) < size else image
-        left = int(next(draws) * (image.width - size + 1))
-        top = int(next(draws) * (image.height - size + 1))
-        image = image.crop((left, top, left + size, top + size))
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[:, ::-1]) if next(draws) < augment.flip else pixels
+        pixels = _random_crop(image, augment, size, draw)
+    if next(draw) < augment.flip:
+        pixels = cv2.flip(pixels, 1)
+    if augment.randaugment:
+        # timm draws from the global generators of Python and numpy: seeded for each sample, they carry nothing on
+        random.seed(int(draws[-2] * 2**53))
+        np.random.seed(int(draws[-2] * 2**32))
+        pixels = np.asarray(_rand_augment(augment.randaugment, size, tuple(augment.mean))(Image.fromarray(pixels)))
+    if draws[-1] < augment.erase:
+        pixels = _erase(pixels, augment, random.Random(int(draws[-1] * 2**53)))
+    return pixels
 
 
-def evaluation_image(data: bytes, augment: Augment, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre."""
-    image = _resize_shorter(decode(data), augment.eval_resize)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+def evaluation_image(data: bytes | memoryview | None, augment: Augment, size: int) -> np.ndarray:
+    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the pixels are those of timm's transform."""
+    image = Image.fromarray(Encoded(data).pixels())
+    shorter, longer = augment.eval_resize, int(augment.eval_resize * max(image.size) / min(image.size))
+    extent = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    image = image if image.size == extent else image.resize(extent, Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _random_box(extent: tuple[int, int], augment: Augment, draws: Iterator[float]) -> tuple[float, float, float, float]:
+def _random_resized_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[float]) -> np.ndarray:
+    left, top, right, bottom = _random_box((image.width, image.height), augment, draw)
+    pixels = image.pixels(max(size / (right - left), size / (bottom - top)))
+    down, across = pixels.shape[0] / image.height, pixels.shape[1] / image.width  # 1, or less where it came smaller
+    rows = slice(int(top * down), max(int(bottom * down), int(top * down) + 1))
+    columns = slice(int(left * across), max(int(right * across), int(left * across) + 1))
+    return _resize(pixels[rows, columns], (size, size))
+
+
+def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[float]) -> np.ndarray:
+    if augment.resize:
+        scale = augment.resize / min(image.width, image.height)
+        extent = (max(augment.resize, round(image.width * scale)), max(augment.resize, round(image.height * scale)))
+        pixels = _resize(image.pixels(scale), extent)
+    else:
+        pixels = image.pixels()
+    rows, columns = (max(0, size - side - 2 * augment.pad) for side in pixels.shape[:2])  # what a small image lacks
+    if augment.pad or rows or columns:
+        edges = (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
+        pixels = np.pad(pixels, [(a + augment.pad, b + augment.pad) for a, b in edges] + [(0, 0)])
+    left = int(next(draw) * (pixels.shape[1] - size + 1))
+    top = int(next(draw) * (pixels.shape[0] - size + 1))
+    return pixels[top : top + size, left : left + size]
+
+
+def _random_box(extent: tuple[int, int], augment: Augment, draw: Iterator[float]) -> tuple[int, int, int, int]:
     """torchvision's RandomResizedCrop: area uniform in `scale`, log aspect ratio uniform in `ratio`."""
     width, height = extent
     low, high = (math.log(r) for r in augment.ratio)
     for _ in range(_TRIES):
-        area = width * height * (augment.scale[0] + next(draws) * (augment.scale[1] - augment.scale[0]))
-        ratio = math.exp(low + next(draws) * (high - low))
+        area = width * height * (augment.scale[0] + next(draw) * (augment.scale[1] - augment.scale[0]))
+        ratio = math.exp(low + next(draw) * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        left, top = next(draws), next(draws)
+        left, top = next(draw), next(draw)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
             return left, top, left + w, top + h
@@ -69,13 +101,32 @@ def _random_box(extent: tuple[int, int], augment: Augment, draws: Iterator[float
     return left, top, left + w, top + h
 
 
-def _resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
-    scale = shorter / min(image.size)
-    size = (max(shorter, round(image.width * scale)), max(shorter, round(image.height * scale)))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+def _resize(pixels: np.ndarray, extent: tuple[int, int]) -> np.ndarray:
+    """To (width, height): linear, which sees all pixels down to one half; below that the mean over each new pixel's area."""
+    if pixels.shape[1::-1] == extent:
+        return pixels
+    small = pixels.shape[1] > 2 * extent[0] or pixels.shape[0] > 2 * extent[1]
+    return cv2.resize(pixels, extent, interpolation=cv2.INTER_AREA if small else cv2.INTER_LINEAR)
 
 
-def _missing(extent: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    """Zero pixels to add left, top, right and bottom so that a crop of `size` fits."""
-    lacks = [max(0, size - side) for side in extent]
-    return lacks[0] // 2, lacks[1] // 2, lacks[0] - lacks[0] // 2, lacks[1] - lacks[1] // 2
+@lru_cache
+def _rand_augment(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment, with the arguments that timm's own transform gives it."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    return rand_augment_transform(policy, {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(m)) for m in mean)})
+
+
+def _erase(pixels: np.ndarray, augment: Augment, generator: random.Random) -> np.ndarray:
+    """Random erasing (Zhong et al. 2017) as timm's `const` mode: a rectangle becomes the mean, which is 0 once normalised."""
+    height, width, _ = pixels.shape
+    for _ in range(_TRIES):
+        area = generator.uniform(*_ERASED_AREA) * width * height
+        ratio = math.exp(generator.uniform(*map(math.log, _ERASED_RATIO)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < height and w < width:
+            top, left = generator.randint(0, height - h), generator.randint(0, width - w)
+            pixels = pixels.copy()
+            pixels[top : top + h, left : left + w] = [round(m) for m in augment.mean]
+            break
+    return pixels

@@ -1,189 +1,221 @@
-"""Reads exactly the slots of this process, decodes them in threads, and stays a few passes ahead.
-
-Decoding releases Python's lock, so threads suffice; there is no child process that a signal could orphan.
-"""
+"""Delivers the passes of one process as pixels, a few ahead of their use; `processes.py` is how it is done."""
 from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import pickle
+import select
+import signal
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
-import psutil
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lars.config import Recipe
-from lars.data.augment import draws_of, evaluation_image, training_image
-from lars.data.decode import BadImage
-from lars.data.index import Index, check_label_range
+from lars.batch import BatchPlan
+from lars.config import Recipe, RecipeError
+from lars.data.index import Index
 from lars.data.order import Order
+from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end, fork
+from lars.data.reader import Pass, Reader
+from lars.data.source import DataError
 
 log = logging.getLogger("lars")
 
-_AHEAD = 4  # passes decoded before they are asked for
-_OPEN_FILES = 32
-_TOGETHER = 16  # samples a thread takes at a time
+_TOGETHER = 16  # samples that a decoder takes at a time, at most
 
 
 @dataclass
 class Batch:
-    """The samples of one pass (or of one chunk of an evaluation) on the CPU."""
+    """The samples of one pass (or of one chunk of an evaluation)."""
 
-    images: Tensor  # uint8 (n, 3, size, size)
+    images: Tensor  # uint8 (n, 3, size, size): shared memory (pinned for a GPU), good until the next batch is asked for
     labels: Tensor  # int64 (n,)
     ids: np.ndarray  # int64 (n,): row numbers in the split
     bad: int  # images that could not be decoded and were replaced by a neighbour
+    lacking: Exception | None = None  # why these are zeros instead of samples
 
 
-class Reader:
-    """Random access to samples: reads whole row groups and keeps the last ones, in half the memory free at the start.
+def workers_of(recipe: Recipe) -> int:
+    """Decoding processes of this rank: what the recipe says, else its share of the cores less the one that trains."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return recipe.data.workers or min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
-    A process needs about WINDOW_ROW_GROUPS row groups for each lane that it plays (`order.py`): ImageNet at batch 32,768
-    in lanes of 64 is 512 lanes, 22 GB of row groups of 11 MB over all processes.
-    """
 
-    def __init__(self, index: Index, recipe: Recipe, share: float) -> None:
-        self.index, self.recipe = index, recipe
-        self.limit = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.epoch = share * index.samples  # samples this process reads in an epoch
-        self.first_row = index.first_row
-        self.open_files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self.cache: OrderedDict[int, tuple[list[bytes], np.ndarray, int]] = OrderedDict()
-        self.cached_bytes = 0
-        self.served, self.warned = 0, False
-        self.loaded_at: dict[int, int] = {}  # row group: samples served before it was last read
-
-    def group(self, number: int) -> tuple[list[bytes | None], np.ndarray]:
-        """The encoded images and the labels of row group `number`."""
-        if number in self.cache:
-            self.cache.move_to_end(number)
-        else:
-            images, labels = self._read(number)
-            size = sum(len(data or b"") for data in images)
-            self.cache[number] = images, labels, size
-            self.cached_bytes += size
-            while self.cached_bytes > self.limit and len(self.cache) > 1:
-                self.cached_bytes -= self.cache.popitem(last=False)[1][2]
-            if not self.warned and self.served - self.loaded_at.get(number, self.served - self.epoch) < self.epoch / 2:
-                self.warned = True
-                log.warning(
-                    "row groups are read more than once an epoch: the slots of this process span more than the %.1f GiB "
-                    "that row groups may take; more machines or more memory make it faster",
-                    self.limit / 2**30,
-                )
-            self.loaded_at[number] = self.served
-        return self.cache[number][:2]
-
-    def _read(self, number: int) -> tuple[list[bytes | None], np.ndarray]:
-        data = self.recipe.data
-        file = int(self.index.file[number])
-        if file not in self.open_files:
-            self.open_files[file] = pq.ParquetFile(fsspec.open(self.index.files[file], "rb").open())
-            if len(self.open_files) > _OPEN_FILES:
-                self.open_files.popitem(last=False)[1].close(force=True)
-        table = self.open_files[file].read_row_group(
-            int(self.index.group_in_file[number]), columns=[data.image_column, data.label_column]
+def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:
+    """What a process reads in an epoch, and the memory and the processes that it takes; a warning if files are sorted by class."""
+    order, mine = Order(index, recipe.seed, plan.global_batch, plan.bn_group), range(plan.passes_per_process * plan.micro_batch)
+    groups = order.row_groups(0, mine)
+    share = index.rows[groups].sum() * plan.processes / index.samples
+    if index.classes_per_group and 4 * index.classes_per_group < min(recipe.model.num_classes, index.samples / len(index.rows)):
+        log.warning(
+            "the row groups hold %.1f classes each on average: the files are sorted by class, and a batch-norm group sees only the "
+            "classes of %.0f row groups; `python -m lars.convert` writes image folders as shuffled files",
+            index.classes_per_group,
+            order.window_groups,
         )
-        images = [image and image["bytes"] for image in table[data.image_column].to_pylist()]
-        labels = table[data.label_column].to_numpy()
-        check_label_range(labels.min(), labels.max(), self.recipe.model.num_classes, self.index.files[file])
-        return images, labels
+    return (
+        f"data: {len(index.files):,} files of {len(index.rows):,} row groups; a process reads {len(groups):,} of them an epoch "
+        f"({share:.2f} x its share), holds up to {_needed(order, index, mine) / 2**20:,.0f} MiB of them and decodes in {workers_of(recipe)} processes"
+    )
 
 
-def _assemble(reader: Reader, pool: ThreadPoolExecutor, ids: np.ndarray, epochs: np.ndarray | None) -> Batch:
-    """Read and decode the samples `ids` as they look in `epochs`, or as evaluation sees them."""
-    recipe, size = reader.recipe, reader.recipe.model.image_size
-    draws = None if epochs is None else draws_of(recipe.seed, epochs, ids)
-    groups = np.searchsorted(reader.first_row, ids, side="right") - 1
-    rows = ids - reader.first_row[groups]
-    reader.served += len(ids)
-    held = {int(g): reader.group(int(g)) for g in dict.fromkeys(groups)}
-    images, labels = np.empty((len(ids), size, size, 3), np.uint8), np.empty(len(ids), np.int64)
-
-    def place(slot: int) -> int:
-        encoded, classes = held[int(groups[slot])]
-        for replaced in range(len(encoded)):  # a bad image gives way to the next row of its row group
-            row = (int(rows[slot]) + replaced) % len(encoded)
-            try:
-                if draws is None:
-                    view = evaluation_image(encoded[row], recipe.augment, size)
-                else:
-                    view = training_image(encoded[row], recipe.augment, size, draws[slot])
-                images[slot] = view
-            except BadImage as error:
-                log.warning("sample %d cannot be decoded (%s); the next one stands in for it", ids[slot] + row - rows[slot], error)
-                continue
-            labels[slot] = classes[row]
-            return replaced
-        raise RuntimeError(f"no image of row group {int(groups[slot])} can be decoded")
-
-    def place_some(first: int) -> int:
-        return sum(place(slot) > 0 for slot in range(first, min(first + _TOGETHER, len(ids))))
-
-    bad = sum(pool.map(place_some, range(0, len(ids), _TOGETHER)))
-    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), ids, bad)
+def _needed(order: Order, index: Index, slots: range) -> float:
+    """Bytes of the row groups that these slots use at the same time."""
+    windows = -(-len(slots) // order.lane) * order.window_groups
+    return min(windows, len(order.row_groups(0, slots))) * index.bytes_per_group
 
 
-def training_batches(order: Order, index: Index, recipe: Recipe, slots: list[range], first_step: int) -> Iterator[Batch]:
-    """Endless: the passes `slots` of step `first_step` (from 0), then those of the next step."""
+def training_batches(
+    order: Order, index: Index, recipe: Recipe, slots: list[range], first_step: int, last_step: int, device: torch.device | None = None
+) -> Loader:
+    """The passes `slots` (consecutive) of the steps `first_step` ... `last_step - 1`, counted from 0."""
+    mine = range(slots[0].start, slots[-1].stop)
 
-    def wanted() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        step = first_step
-        while True:
+    def passes() -> Iterator[Pass]:
+        for step in range(first_step, last_step):
             for part in slots:
                 yield order.ids(step, part), order.epoch_of(step, part)
-            step += 1
 
-    share = sum(map(len, slots)) / recipe.global_batch
-    return _ahead(wanted(), Reader(index, recipe, share), recipe.data.workers)
+    def remaining(epoch: int) -> np.ndarray:
+        wanted = np.zeros(index.samples, bool)
+        steps = range(epoch * index.samples // order.batch, -(-(epoch + 1) * index.samples // order.batch))
+        for step in range(max(first_step, steps.start), min(last_step, steps.stop)):
+            wanted[order.ids(step, mine)[order.epoch_of(step, mine) == epoch]] = True
+        return wanted
+
+    reader = Reader(index, recipe.data, recipe.model.num_classes, remaining, _needed(order, index, mine))
+    return Loader(reader, passes(), max(map(len, slots)), recipe, training=True, device=device)
 
 
-def evaluation_batches(index: Index, recipe: Recipe, chunk: int, chunks: range) -> Iterator[Batch]:
-    """The validation split in order, cut into chunks of `chunk` samples; this process's share of them."""
-    bounds = ((c * chunk, min((c + 1) * chunk, index.samples)) for c in chunks)
-    wanted = ((np.arange(low, high), None) for low, high in bounds)
-    return _ahead(wanted, Reader(index, recipe, share=1.0), recipe.data.workers)
+def evaluation_batches(index: Index, recipe: Recipe, chunk: int, chunks: range, device: torch.device | None = None) -> Loader:
+    """The split in order, cut into chunks of `chunk` samples; this process's share of them."""
+    bounds = [(c * chunk, min((c + 1) * chunk, index.samples)) for c in chunks]
+
+    def remaining(epoch: int) -> np.ndarray:
+        wanted = np.zeros(index.samples, bool)
+        wanted[chunks.start * chunk : chunks.stop * chunk] = True
+        return wanted
+
+    passes = ((np.arange(low, high), np.zeros(high - low, np.int64)) for low, high in bounds)
+    reader = Reader(index, recipe.data, recipe.model.num_classes, remaining, needed=0.0)
+    return Loader(reader, passes, chunk, recipe, training=False, device=device)
 
 
-def _ahead(wanted: Iterable[tuple[np.ndarray, np.ndarray | None]], reader: Reader, workers: int) -> Iterator[Batch]:
-    """Assemble batches in a background thread, at most _AHEAD before they are used; errors come out in order."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
-    stop = threading.Event()
+class Loader:
+    """An iterator of `Batch`, a few passes ahead of its use; `close` ends its processes.
 
-    def produce() -> None:
+    `stop`, if it is set, is asked while there is nothing to deliver.
+
+    Raises, when a batch is asked for that there is not:
+        DataError: its samples cannot be read, or a process of the loader died.
+        RecipeError: a label is out of range.
+        InterruptedError: `stop` said so.
+    """
+
+    def __init__(self, reader: Reader, passes: Iterable[Pass], most: int, recipe: Recipe, training: bool, device: torch.device | None = None) -> None:
+        """`most` is the number of samples of the largest pass."""
+        workers = workers_of(recipe)
+        together = min(_TOGETHER, max(4, most // (2 * workers)))
+        slots = max(3, -(-2 * workers * together // most) + 2)
+        self.stop: Callable[[], bool] = lambda: False
+        self.waited = 0.0  # seconds in which the training process had to wait for a batch
+        self.cuda = device is not None and device.type == "cuda"
+        self.shared = Shared(slots, most, recipe.model.image_size, max(ARENA, 4 * workers * 2**20))
+        self.pipes = Pipes()
+        self.next, self.passes = 0, None  # the pass to deliver next; how many there are, once known
+        self.progress: dict[int, list[int]] = {}  # pass -> its slot, samples decoded
+        self.lent: deque[tuple[int, torch.cuda.Event | None]] = deque()  # slots that were delivered, oldest first
+        self.failure: tuple[int, Exception] | None = None
+        serve = Serving(reader, passes, self.shared, self.pipes, together)
+        decode = Decoding(recipe, training, self.shared, self.pipes)
+        self.children = {fork(serve.run): "reading"} | {fork(decode.run): "decoding" for _ in range(workers)}
+        self.close = weakref.finalize(self, end, list(self.children), self.pipes, self.shared)
+        self.pipes.keep(self.pipes.news[0], self.pipes.free[1])
+        if self.cuda:
+            self.shared.pin()
+
+    def take(self, samples: int) -> Batch:
+        """The next batch, or zeros and the reason. So a process whose data fail plays its step to the end like the others, and
+        there all of them learn of it: one that left would leave them waiting."""
         try:
-            with ThreadPoolExecutor(workers) as pool:
-                for ids, epochs in wanted:
-                    if not put(_assemble(reader, pool, ids, epochs)):
-                        return
-            put(None)
-        except BaseException as error:  # handed to the thread that waits for the batch
-            put(error)
+            return next(self)
+        except (DataError, RecipeError, InterruptedError) as error:
+            images = torch.zeros(samples, 3, *self.shared.images.shape[2:4], dtype=torch.uint8)
+            return Batch(images, torch.zeros(samples, dtype=torch.int64), np.zeros(samples, np.int64), 0, error)
 
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def __iter__(self) -> Loader:
+        return self
 
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    def __next__(self) -> Batch:
+        if not self.close.alive:
+            raise StopIteration
+        started = time.perf_counter()
+        self._take_back()
+        while self.passes is None or self.next < self.passes:
+            slot, decoded = self.progress.get(self.next, (0, 0))
+            if decoded and decoded == self.shared.counts[slot, 0]:
+                break
+            if self.failure and self.next >= self.failure[0]:
+                raise self.failure[1]
+            self._listen()
+        else:
+            self.close()
+            raise StopIteration
+        del self.progress[self.next]
+        self.next += 1
+        self.waited += time.perf_counter() - started
+        samples, bad = map(int, self.shared.counts[slot])
+        self.lent.append((slot, None))
+        return Batch(
+            torch.from_numpy(self.shared.images[slot, :samples]).permute(0, 3, 1, 2),
+            torch.from_numpy(self.shared.labels[slot, :samples].copy()),
+            self.shared.ids[slot, :samples].copy(),
+            bad,
+        )
+
+    def _take_back(self) -> None:
+        """Give slots back to the reader: on a GPU once the copies that were queued before the last batch are made."""
+        if self.cuda and self.lent:
+            event = torch.cuda.Event()
+            event.record()
+            self.lent[-1] = (self.lent[-1][0], event)
+        while len(self.lent) > (1 if self.cuda else 0):
+            slot, event = self.lent.popleft()
+            if event:
+                event.synchronize()
+            os.write(self.pipes.free[1], SLOT.pack(slot))
+
+    def _listen(self) -> None:
+        """Take the next message, or notice after a second that none comes."""
+        poll = select.poll()
+        poll.register(self.pipes.news[0], select.POLLIN)
+        if not poll.poll(1000):
+            if self.stop():
+                raise InterruptedError("stopped while waiting for data")
+            self._check_children()
+            return
+        what, *facts = NEWS.unpack(os.read(self.pipes.news[0], NEWS.size))
+        if what == DONE:
+            number, slot, samples = facts
+            self.progress.setdefault(number, [slot, 0])[1] += samples
+        elif what == END:
+            self.passes = facts[0]
+        else:
+            number, length, _ = facts
+            self.failure = number, pickle.loads(self.shared.error[:length])  # written by our own child
+
+    def _check_children(self) -> None:
+        for child, role in self.children.items():
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
+                self.failure = self.next, DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers")
+                return
+
+

@@ -155,7 +155,7 @@ def _ddp_loop(rank: int, world: int, port: int, keys: tuple[str, ...], answer: m
     index, _ = build_indexes(recipe.data, 10)
     plan = BatchPlan.of(recipe, index.samples, world)
     slots = [range(i * 32, i * 32 + 32) for i in plan.local_passes(rank)]
-    batches = training_batches(Order(index, 0, plan.global_batch, 32), index, recipe, slots, 0)
+    batches = training_batches(Order(index, 0, plan.global_batch, 32), index, recipe, slots, 0, WARM_UP + STEPS)
     model = DistributedDataParallel(timm.create_model("resnet50", num_classes=10, **recipe.model.kwargs), gradient_as_bucket_view=True)
     optimizer, times = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True), []
     for _ in range(WARM_UP + STEPS):

@@ -16,7 +16,7 @@ from conftest import DEMO
 from lars import config
 from lars.config import RecipeError
 from lars.data.augment import draws_of, evaluation_image, training_image
-from lars.data.decode import BadImage, decode
+from lars.data.decode import BadImage, Encoded
 from lars.data.index import build_indexes
 from lars.data.loader import evaluation_batches, training_batches
 from lars.data.order import Order
@@ -39,17 +39,22 @@ def png_header(width: int, height: int) -> bytes:
 def test_every_mode_becomes_rgb(mode: str, format: str) -> None:
     if mode == "I;16":
         buffer = io.BytesIO()
-        Image.fromarray(np.full((40, 60), 300, np.uint16)).save(buffer, format)
+        Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(buffer, format)
         data = buffer.getvalue()
     else:
         data = encoded(mode, format=format)
-    assert (decode(data).mode, decode(data).size) == ("RGB", (60, 40))
+    pixels = Encoded(data).pixels()
+    assert pixels.shape == (40, 60, 3) and pixels.dtype == np.uint8
+    if mode == "I;16":
+        assert (pixels == 30_000 >> 8).all()  # Pillow's own conversion clips to 255
+    elif format == "JPEG" or mode == "P":
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("data", [None, b"", b"not an image", encoded()[:300], png_header(100_000, 100_000)])
 def test_bytes_that_are_no_image_within_bounds_are_refused(data: bytes | None) -> None:
     with pytest.raises(BadImage):
-        decode(data)
+        Encoded(data).pixels()
 
 
 def view(recipe: config.Recipe, seed: int, epoch: int, sample: int) -> np.ndarray:
@@ -102,7 +107,7 @@ def test_a_bad_image_gives_way_to_its_neighbour_and_is_counted(tmp_path) -> None
     images = [b"garbage" if i == 9 else data for i, data in enumerate(good)]
     recipe = folder_with(tmp_path, images, list(range(10)) * 2)
     index, _ = build_indexes(recipe.data, 10)
-    batches = training_batches(Order(index, 0, 8, 4), index, recipe, [range(8)], 0)
+    batches = training_batches(Order(index, 0, 8, 4), index, recipe, [range(8)], 0, 5)
     seen = [next(batches) for _ in range(5)]  # two epochs
     batches.close()
     assert sum(b.bad for b in seen) == 2
@@ -126,7 +131,7 @@ def test_a_label_out_of_range_is_found_when_read_if_statistics_are_missing(tmp_p
     for split in ("train", "validation"):
         pq.write_table(table, tmp_path / f"{split}-0.parquet", row_group_size=10, write_statistics=False)
     index, _ = build_indexes(recipe.data, 10)
-    batches = training_batches(Order(index, 0, 8, 4), index, recipe, [range(8)], 0)
+    batches = training_batches(Order(index, 0, 8, 4), index, recipe, [range(8)], 0, 5)
     with pytest.raises(RecipeError, match="labels 0 ... 10"):
         for _ in range(3):
             next(batches)

@@ -72,10 +72,10 @@ def buffers_by_rank() -> None:
 
 def draws_by_worker() -> None:
     """Augmentation from a random state that the loader owns, used up in the order in which samples come."""
-    from lars.data import loader
+    from lars.data import processes
 
-    draws_of, state = loader.draws_of, np.random.default_rng(0)
-    loader.draws_of = lambda seed, epochs, ids: state.random(draws_of(seed, epochs, ids).shape)
+    draws_of, state = processes.draws_of, np.random.default_rng(0)
+    processes.draws_of = lambda seed, epochs, ids: state.random(draws_of(seed, epochs, ids).shape)
 
 
 def losses(processes: int, keys: tuple[str, ...], first: Callable[[], None] | None, folder: Path) -> list[float] | str:

@@ -77,7 +77,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_the_resumed_run_evaluates(tiny: 
 @pytest.mark.parametrize("engine", ["", pytest.param("zero3", marks=pytest.mark.long)])
 def test_a_process_that_hangs_is_named_with_its_step(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    keys = (*tiny, "runtime.hang_seconds=4", f"run_dir={run}")
+    keys = (*tiny, "runtime.hang_seconds=4", "data.retry_seconds=2", f"run_dir={run}")
     ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine)
     wait_for('"step": 3,', run / "metrics.jsonl", ranks)
     os.kill(ranks.processes[1].pid, signal.SIGSTOP)

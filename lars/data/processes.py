@@ -1,0 +1,288 @@
+"""The processes of a loader: one reads, several decode, and all share one piece of memory with the one that trains.
+
+    files -> reader (row groups, each once) -> encoded samples -> decoders -> pixels of a pass -> the training process
+
+The memory is one anonymous mapping made before the processes are forked, and they talk over pipes, in messages of a fixed
+size that one read takes whole. Nothing has a name and no lock is held by anyone, so a process that is killed leaves nothing
+behind and nobody waiting: the others see that their parent is gone, and the parent sees that a child is.
+"""
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import pickle
+import select
+import signal
+import struct
+import threading
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+
+from lars.config import Recipe, RecipeError
+from lars.data.augment import draws_of, evaluation_image, training_image
+from lars.data.decode import MAX_BYTES, BadImage
+from lars.data.reader import Pass, Reader, Samples
+from lars.data.source import DataError
+
+log = logging.getLogger("lars")
+
+ARENA = 2 * MAX_BYTES + 2**20  # bytes of encoded samples on their way to a decoder; more with many of them
+_ERROR = 64 * 1024  # bytes for the reader's last words
+_TASK = struct.Struct("<qqqq")  # reader to decoders: place in the arena, samples, slot, pass
+_BACK = struct.Struct("<qq")  # decoders to reader: place in the arena, and a sample that is no image, or -1 for the end
+NEWS = struct.Struct("<qqqq")  # to the training process: what, then as below
+DONE, END, FAILED = range(3)  # DONE: pass, slot, samples. END: number of passes. FAILED: pass, length of the error
+SLOT = struct.Struct("<q")  # training process to reader: a slot that is free again
+
+
+class Shared:
+    """Memory of all processes of a loader: the pixels of a few passes (`slots`), and encoded samples on their way."""
+
+    def __init__(self, slots: int, samples: int, size: int, arena: int) -> None:
+        parts = {"images": slots * samples * size * size * 3, "labels": 8 * slots * samples, "ids": 8 * slots * samples}
+        parts |= {"counts": 16 * slots, "error": _ERROR, "arena": arena}
+        begins, total = {}, 0
+        for name, length in parts.items():
+            begins[name], total = total, total + -(-length // 4096) * 4096
+        self.memory = mmap.mmap(-1, total)
+
+        def array(name: str, kind: type, *shape: int) -> np.ndarray:
+            return np.frombuffer(self.memory, kind, int(np.prod(shape)), begins[name]).reshape(shape)
+
+        self.images = array("images", np.uint8, slots, samples, size, size, 3)
+        self.labels, self.ids = (array(name, np.int64, slots, samples) for name in ("labels", "ids"))
+        self.counts = array("counts", np.int64, slots, 2)  # of each slot's pass: samples, bad images
+        self.error, self.arena = (memoryview(array(name, np.uint8, parts[name])) for name in ("error", "arena"))
+        self.pinned = False
+
+    def pin(self) -> None:
+        """Let a GPU read the pixels directly, so that its copies run beside its work."""
+        failed = torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0)
+        self.pinned = not int(failed)
+        if failed:
+            log.warning("%d MiB of memory could not be pinned (CUDA error %d): copies to the GPU are slower", self.images.nbytes >> 20, int(failed))
+
+    def unpin(self) -> None:
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.images.ctypes.data)
+            self.pinned = False
+
+
+class Pipes:
+    """(read end, write end) of each; children inherit all of them."""
+
+    def __init__(self) -> None:
+        self.tasks, self.back, self.news, self.free = (os.pipe() for _ in range(4))
+
+    def keep(self, *ends: int) -> None:
+        """Close all the others."""
+        for end in {*self.tasks, *self.back, *self.news, *self.free} - set(ends):
+            os.close(end)
+        self.open = ends
+
+
+def end(children: list[int], pipes: Pipes, shared: Shared) -> None:
+    for child in children:
+        try:
+            os.kill(child, signal.SIGKILL)  # they own nothing that could be lost
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue
+    for end in pipes.open:
+        os.close(end)
+    shared.unpin()
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run `work` in a child that ends with its parent and leaves signals to it (launchers signal whole process groups)."""
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of the parent: the child uses none of what they may hold
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+@dataclass
+class _Sample:
+    """One sample on its way to a decoder."""
+
+    place: int  # in its pass
+    id: int
+    epoch: int
+    data: bytes | None
+    tries: int = 0  # neighbours that were tried in its stead
+
+
+@dataclass
+class _Task:
+    begin: int  # in the arena
+    end: int
+    slot: int
+    number: int  # of the pass
+    samples: list[_Sample]
+    done: bool = False
+
+
+class Serving:
+    """The reader process: gives each pass a slot, hands its samples to the decoders, finds neighbours for bad images."""
+
+    def __init__(self, reader: Reader, passes: Iterable[Pass], shared: Shared, pipes: Pipes, together: int) -> None:
+        self.reader, self.passes, self.shared, self.pipes, self.together = reader, passes, shared, pipes, together
+        self.number = 0  # the pass that is handed out next, or that cannot be
+        self.slots = deque(range(len(shared.counts)))
+        self.tasks: deque[_Task] = deque()  # in the order of their places in the arena, which is a ring
+
+    def run(self) -> None:
+        self.poll = select.poll()
+        for end in (self.pipes.back[0], self.pipes.free[0]):
+            self.poll.register(end, select.POLLIN)
+        try:
+            for samples in self.reader.samples(self.passes):
+                while not self.slots:
+                    self._listen()
+                self._hand_out(self.number, self.slots.popleft(), samples)
+                self.number += 1
+            self._tell(END, self.number)
+            while True:
+                self._listen()
+        except (DataError, RecipeError) as error:
+            words = pickle.dumps(error)
+            self.shared.error[: len(words)] = words
+            self._tell(FAILED, self.number, len(words))
+            while True:  # what was handed out before is still delivered
+                self._listen()
+
+    def _hand_out(self, number: int, slot: int, samples: Samples) -> None:
+        count = len(samples.ids)
+        self.shared.labels[slot, :count], self.shared.ids[slot, :count] = samples.labels, samples.ids
+        self.shared.counts[slot] = count, 0
+        several, size = [], 0
+        for place, (sample_id, epoch, data) in enumerate(zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)):
+            several.append(_Sample(place, sample_id, epoch, data))
+            size += len(data or b"")
+            if len(several) == self.together or size > MAX_BYTES // 4 or place == count - 1:
+                self._send(number, slot, several)
+                several, size = [], 0
+
+    def _send(self, number: int, slot: int, samples: list[_Sample]) -> None:
+        data = [(s.data or b"")[: MAX_BYTES + 1] for s in samples]  # one byte too many is enough for the decoder to refuse it
+        table = np.array([(s.place, s.epoch, s.id, len(d)) for s, d in zip(samples, data)], np.int64).tobytes()
+        size = len(table) + sum(map(len, data))
+        while (begin := self._room(size)) is None:
+            self._listen()
+        at = begin
+        for part in (table, *data):
+            self.shared.arena[at : at + len(part)] = part
+            at += len(part)
+        self.tasks.append(_Task(begin, -(-at // 8) * 8, slot, number, samples))  # tables of integers begin at multiples of 8
+        self._hear()  # so that decoders never wait for us while we wait for them
+        os.write(self.pipes.tasks[1], _TASK.pack(begin, len(samples), slot, number))
+
+    def _room(self, size: int) -> int | None:
+        """Where in the ring `size` bytes are free, behind the newest task."""
+        while self.tasks and self.tasks[0].done:
+            self.tasks.popleft()
+        if not self.tasks:
+            return 0
+        oldest, newest = self.tasks[0].begin, self.tasks[-1].end
+        if self.tasks[-1].begin >= oldest:
+            return newest if newest + size <= len(self.shared.arena) else 0 if size < oldest else None
+        return newest if newest + size < oldest else None
+
+    def _listen(self) -> None:
+        """Wait for a message, take all there are."""
+        self.poll.poll()
+        self._hear()
+
+    def _hear(self) -> None:
+        for end, _ in self.poll.poll(0):
+            if end == self.pipes.free[0]:
+                self.slots.append(SLOT.unpack(os.read(end, SLOT.size))[0])
+            else:
+                begin, bad = _BACK.unpack(os.read(end, _BACK.size))
+                task = next(t for t in self.tasks if t.begin == begin and not t.done)
+                if bad < 0:
+                    task.done = True
+                else:
+                    self._replace(task, task.samples[bad])
+
+    def _replace(self, task: _Task, sample: _Sample) -> None:
+        """The next row of the same row group stands in for an image that cannot be decoded."""
+        index = self.reader.index
+        group = int(index.group_of(np.array([sample.id]))[0])
+        tries, rows = sample.tries + 1, int(index.rows[group])
+        if tries == rows:
+            self.number = task.number
+            raise DataError(f"no image of row group {int(index.group_in_file[group])} of {index.files[int(index.file[group])]} can be decoded")
+        row = (sample.id - int(index.first_row[group]) + tries) % rows
+        data, label = self.reader.neighbour(group, row)
+        self.shared.labels[task.slot, sample.place] = label
+        self.shared.counts[task.slot, 1] += tries == 1
+        self._send(task.number, task.slot, [replace(sample, data=data, tries=tries)])
+
+    def _tell(self, what: int, *facts: int) -> None:
+        os.write(self.pipes.news[1], NEWS.pack(what, *facts, *[0] * (3 - len(facts))))
+
+
+class Decoding:
+    """A decoder process: encoded samples from the arena to pixels in a slot."""
+
+    def __init__(self, recipe: Recipe, training: bool, shared: Shared, pipes: Pipes) -> None:
+        self.recipe, self.training, self.shared, self.pipes = recipe, training, shared, pipes
+
+    def run(self) -> None:
+        cv2.setNumThreads(0)
+        while task := os.read(self.pipes.tasks[0], _TASK.size):
+            begin, count, slot, number = _TASK.unpack(task)
+            good = self._decode(begin, count, slot)
+            os.write(self.pipes.back[1], _BACK.pack(begin, -1))
+            if good:
+                os.write(self.pipes.news[1], NEWS.pack(DONE, number, slot, good))
+
+    def _decode(self, begin: int, count: int, slot: int) -> int:
+        """Returns how many of the samples are images; the reader is told of the others."""
+        recipe, size, good = self.recipe, self.recipe.model.image_size, 0
+        table = np.frombuffer(self.shared.arena, np.int64, 4 * count, begin).reshape(count, 4)
+        draws = draws_of(recipe.seed, table[:, 1], table[:, 2]) if self.training else None
+        at = begin + table.nbytes
+        for number, (place, _, sample, length) in enumerate(table.tolist()):
+            data = self.shared.arena[at : at + length]
+            at += length
+            try:
+                if draws is None:
+                    view = evaluation_image(data, recipe.augment, size)
+                else:
+                    view = training_image(data, recipe.augment, size, draws[number])
+                self.shared.images[slot, place] = view
+                good += 1
+            except BadImage as error:
+                log.warning("sample %d cannot be decoded (%s); the next one of its row group stands in for it", sample, error)
+                os.write(self.pipes.back[1], _BACK.pack(begin, number))
+        return good

@@ -1,0 +1,230 @@
+"""The encoded samples of one process: each row group is read once, ahead of its use, and gives up each sample as it is taken."""
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lars.config import Data, one_line
+from lars.data.index import Index, check_label_range, parse_footer
+from lars.data.source import DataError, Source
+
+log = logging.getLogger("lars")
+
+_AT_ONCE = 4  # row groups that are read at the same time
+_SPARE = 64 * 2**20  # bytes that may be read ahead beyond what is needed
+
+Key = tuple[int, int]  # epoch, row group
+Pass = tuple[np.ndarray, np.ndarray]  # ids, and the epoch of each
+
+
+@dataclass
+class Samples:
+    """What one pass consumes, in slot order."""
+
+    ids: np.ndarray
+    epochs: np.ndarray
+    images: list[bytes | None]
+    labels: np.ndarray
+
+
+@dataclass
+class _Group:
+    images: dict[int, bytes | None]  # row -> bytes, of the samples that are still to be taken
+    labels: np.ndarray
+
+
+def memory_share() -> int:
+    """Bytes that the row groups of one process may take: half of what is free, shared with the other ranks of this machine."""
+    return psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Reader:
+    """Serves passes in their order; `needed` is the number of bytes of row groups that they use at the same time."""
+
+    def __init__(self, index: Index, data: Data, num_classes: int, remaining: Callable[[int], np.ndarray], needed: float) -> None:
+        """`remaining(epoch)` tells, as bool (samples,), what will be taken in an epoch; nothing else is kept of a row group."""
+        self.index, self.data, self.num_classes = index, data, num_classes
+        self.source: Source | None = None  # connections are made by the process that reads
+        self.remaining = remaining
+        self.wanted: dict[int, np.ndarray] = {}
+        self.needed, self.limit = needed, min(memory_share(), int(1.25 * needed) + _SPARE)
+        self.pool = ThreadPoolExecutor(_AT_ONCE)
+        self.held: OrderedDict[Key, Future[_Group]] = OrderedDict()  # the last one used stands last
+        self.sizes: dict[Key, float] = {}  # bytes of each held row group that are still to be taken, first estimated
+        self.total = 0.0  # their sum
+        self.given_up: set[Key] = set()  # dropped for lack of memory before they were used up
+        self.warned = False
+        self.footers: dict[int, pq.FileMetaData] = {}
+        self.seen_unchanged: set[int] = set()
+        self.spare: tuple[int, list[bytes | None], np.ndarray] | None = None
+        self.reads = 0  # row groups read so far
+
+    def samples(self, passes: Iterable[Pass]) -> Iterator[Samples]:
+        """All passes; row groups of later ones are read meanwhile, as far as memory allows.
+
+        Raises:
+            DataError: a file cannot be read, is damaged or has changed.
+            RecipeError: a label is out of range.
+        """
+        self.source = Source(self.index.files[0], self.data.retry_seconds)
+        passes, planned, waiting = iter(passes), deque(), None
+        while True:
+            while (waiting := waiting or next(passes, None)) and self._plan(*waiting, must=not planned):
+                planned.append(waiting)
+                waiting = None
+            if not planned:
+                return
+            yield self._take(*planned.popleft())
+
+    def neighbour(self, group: int, row: int) -> tuple[bytes | None, int]:
+        """Bytes and label of any row: what stands in for a bad image. The row group is read again for it."""
+        if self.spare is None or self.spare[0] != group:
+            self.spare = (group, *self._read(group))
+        return self.spare[1][row], int(self.spare[2][row])
+
+    def _plan(self, ids: np.ndarray, epochs: np.ndarray, must: bool) -> bool:
+        """Start the reads of a pass; False if there is no memory for them now. The next pass to be taken `must` have them."""
+        keys = [k for k in self._keys(ids, epochs) if k not in self.held]
+        size = sum(map(self._size, keys))
+        if keys and self.total + size > self.limit:
+            if not must:
+                return False
+            self._make_room(size, keep=set(self._keys(ids, epochs)))
+        for key in keys:
+            self._start(key)
+        return True
+
+    def _keys(self, ids: np.ndarray, epochs: np.ndarray) -> list[Key]:
+        return list(dict.fromkeys(zip(epochs.tolist(), self.index.group_of(ids).tolist())))
+
+    def _size(self, key: Key) -> float:
+        low, high = self.index.spans[key[1]]
+        return float(high - low) * float(self._rows_wanted(key).mean())
+
+    def _rows_wanted(self, key: Key) -> np.ndarray:
+        epoch, group = key
+        if epoch not in self.wanted:
+            self.wanted[epoch] = self.remaining(epoch)
+        first = int(self.index.first_row[group])
+        return self.wanted[epoch][first : first + int(self.index.rows[group])]
+
+    def _start(self, key: Key) -> None:
+        if key in self.given_up and not self.warned:
+            self.warned = True
+            log.warning(
+                "row groups are read more than once: the slots of this process use %.1f GiB of them at a time, and %.1f GiB of "
+                "memory may be taken for them; more memory or more machines make it faster",
+                self.needed / 2**30,
+                self.limit / 2**30,
+            )
+        self.given_up.discard(key)
+        self.reads += 1
+        self._account(key, self._size(key))
+        self.held[key] = self.pool.submit(self._load, key, np.flatnonzero(self._rows_wanted(key)))
+
+    def _make_room(self, size: float, keep: set[Key]) -> None:
+        """Give up what was used last: lanes take turns, so it is what will be used last again."""
+        for key in list(reversed(self.held)):
+            if self.total + size <= self.limit:
+                return
+            if key not in keep and self.held[key].done():
+                self.given_up.add(key)
+                self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        del self.held[key]
+        self.total -= self.sizes.pop(key)
+
+    def _account(self, key: Key, size: float) -> None:
+        self.total += size - self.sizes.get(key, 0.0)
+        self.sizes[key] = size
+
+    def _take(self, ids: np.ndarray, epochs: np.ndarray) -> Samples:
+        for past in [epoch for epoch in self.wanted if epoch < epochs[0]]:
+            del self.wanted[past]
+        groups = self.index.group_of(ids)
+        rows = (ids - self.index.first_row[groups]).tolist()
+        images, labels = [], np.empty(len(ids), np.int64)
+        for key in self._keys(ids, epochs):
+            if key not in self.held:  # given up since it was planned
+                self._make_room(self._size(key), keep={key})
+                self._start(key)
+            self.held.move_to_end(key)
+        for slot, (key, row) in enumerate(zip(zip(epochs.tolist(), groups.tolist()), rows)):
+            group = self.held[key].result()
+            images.append(group.images.pop(row))
+            labels[slot] = group.labels[row]
+            self.wanted[key[0]][ids[slot]] = False
+            if not group.images:
+                self._drop(key)
+        for key in self._keys(ids, epochs):
+            if key in self.held:
+                self._account(key, sum(len(data or b"") for data in self.held[key].result().images.values()))
+        return Samples(ids, epochs, images, labels)
+
+    def _load(self, key: Key, rows: np.ndarray) -> _Group:
+        images, labels = self._read(key[1], rows)
+        return _Group(dict(zip(rows.tolist(), images)), labels)
+
+    def _read(self, group: int, rows: np.ndarray | None = None) -> tuple[list[bytes | None], np.ndarray]:
+        """The images of some rows (or all) and the labels of all rows, by one read of one range of bytes."""
+        file = int(self.index.file[group])
+        name, number = self.index.files[file], int(self.index.group_in_file[group])
+        self._check_unchanged(file)
+        start, stop = map(int, self.index.spans[group])
+        data = self.source.read(name, start, stop)
+        if file not in self.footers:
+            self.footers[file] = parse_footer(name, self.index.footers[file])
+        size = int(self.index.states[file].split()[0])
+        try:
+            parquet = pq.ParquetFile(pa.PythonFile(_Part(data, start, size), mode="r"), metadata=self.footers[file])
+            table = parquet.read_row_group(number, columns=[self.data.image_column, self.data.label_column], use_threads=False)
+            images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
+            labels = table[self.data.label_column].to_numpy()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"row group {number} of {name} cannot be read, the file is damaged: {one_line(error)}") from None
+        check_label_range(labels.min(), labels.max(), self.num_classes, name)
+        return (images if rows is None else images.take(pa.array(rows))).to_pylist(), labels
+
+    def _check_unchanged(self, file: int) -> None:
+        """A local file before each read, a remote one before the first: asking costs a request there."""
+        if self.source.local or file not in self.seen_unchanged:
+            now, then = self.source.state(self.index.files[file]), self.index.states[file]
+            if now != then:
+                raise DataError(f"{self.index.files[file]} has changed since the run began (size and version {then} -> {now}): put it back")
+            self.seen_unchanged.add(file)
+
+
+class _Part:
+    """The bytes [start, ...) of a file of `size` bytes, as a file for pyarrow, which asks for nothing else."""
+
+    def __init__(self, data: bytes, start: int, size: int) -> None:
+        self.data, self.start, self.length, self.position, self.closed = memoryview(data), start, size, 0, False
+
+    def read(self, count: int = -1) -> memoryview:
+        begin = self.position - self.start
+        part = self.data[begin : begin + count] if count >= 0 else self.data[begin:]
+        self.position += len(part)
+        return part
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        self.position = position + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def size(self) -> int:
+        return self.length
+
+    def close(self) -> None:
+        self.closed = True
