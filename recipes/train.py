@@ -121,6 +121,7 @@ class Training:
                 took = time.perf_counter() - started
                 self.seconds += took
                 self.log_step(progress, loss, lr, took, batches.waited)
+                self.count_bad_images()
         finally:
             progress.close()
             batches.close()
@@ -167,12 +168,18 @@ class Training:
         self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.bad_images += sums.counts[1]
-        if self.bad_images > self.recipe.data.max_bad_fraction * max(self.step * self.plan.global_batch, self.plan.samples):
-            raise RuntimeError(f"{self.bad_images} images could not be decoded, more than data.max_bad_fraction allows")
         if self.recipe.ledger:
             everywhere = gather(torch.cat(ids).to(self.engine.device)).tolist()
             self.folder.append("ledger.jsonl", {"step": self.step, "ids": everywhere})
         return float(sums.floats[0]) / self.plan.passes, lr
+
+    def count_bad_images(self) -> None:
+        """Stop, with a checkpoint, where more images than the recipe allows were replaced."""
+        allowed = self.recipe.data.max_bad_fraction
+        if self.bad_images > allowed * max(self.step * self.plan.global_batch, self.plan.samples):
+            self.save()
+            self.writer.wait()
+            raise DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
 
     def explain(self, sums: StepSums, slots: list[range]) -> None:
         """Play the unfinished step again to find where it stopped being finite, and end the run there."""

@@ -222,7 +222,8 @@ class Serving:
         self._hear()
 
     def _hear(self) -> None:
-        for end, _ in self.poll.poll(0):
+        while ready := self.poll.poll(0):  # asked anew each time: what one message sets off may take the next
+            end = ready[0][0]
             if end == self.pipes.free[0]:
                 self.slots.append(SLOT.unpack(os.read(end, SLOT.size))[0])
             else:

@@ -144,3 +144,34 @@ def test_the_fingerprint_is_the_content_not_the_path(tmp_path) -> None:
     prints = [build_indexes(folder_with(tmp_path / n, images, [0] * 20).data, 10)[0].fingerprint for n in "ab"]
     other = build_indexes(folder_with(tmp_path / "b", images, [1] * 20).data, 10)[0].fingerprint
     assert prints[0] == prints[1] != other
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 427), (301, 233), (1280, 960)])
+def test_evaluation_is_timms_transform_to_the_pixel(size: tuple[int, int]) -> None:
+    from timm.data import create_transform
+
+    augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", []).augment
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([128 + 100 * np.sin(x / 9 + y / 23), 255 * x / size[0], 128 + 90 * np.cos(y / 5)], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    transform = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bicubic", is_training=False, mean=(0, 0, 0), std=(1, 1, 1))
+    theirs = (transform(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(evaluation_image(buffer.getvalue(), augment, 224), theirs)
+
+
+def test_a_large_photograph_is_decoded_small_and_looks_the_same() -> None:
+    """Control: the full decode and Pillow's antialiased resize of the same box."""
+    augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", ["augment.flip=0.0", "augment.scale=[0.5,1.0]"]).augment
+    y, x = np.mgrid[:1800, :2400]
+    pixels = np.stack([128 + 100 * np.sin(x / 90 + y / 230), 255 * x / 2400, 128 + 90 * np.cos(y / 50)], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+    full, draws = Image.open(io.BytesIO(buffer.getvalue())), draws_of(0, np.zeros(8, np.int64), np.arange(8))
+    from lars.data.augment import _random_box
+
+    assert Encoded(buffer.getvalue()).pixels(224 / 1200).shape == (450, 600, 3)
+    for row in draws:
+        box = _random_box(full.size, augment, iter(row.tolist()))
+        theirs = np.asarray(full.resize((224, 224), Image.Resampling.BILINEAR, box=box)).astype(float)
+        assert np.abs(training_image(buffer.getvalue(), augment, 224, row) - theirs).mean() < 2
