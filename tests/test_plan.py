@@ -1,0 +1,231 @@
+"""The plan: formulas against numbers worked out by hand, what it chooses and refuses, and the committed comparison."""
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from timm import create_model
+
+from benchmarks.plan import MARKS, page_table
+from conftest import DEMO, ROOT
+from lars import config
+from lars.cluster import Cluster, Link, load_cluster
+from lars.config import RecipeError
+from lars.cost import (
+    RESNET50,
+    Work,
+    all_reduce_seconds,
+    count,
+    evaluation_seconds,
+    halving_doubling_seconds,
+    image_seconds,
+    ring_seconds,
+    step_of,
+)
+from lars.plan import Plan, choose_passes, draw, main, make_plan, with_devices
+
+CLUSTERS = sorted((ROOT / "launch/clusters").glob("*.yaml"))
+RESNET = ROOT / "recipes/resnet50/lars-b32k-90ep.yaml"
+TINY = ("runtime.micro_batch=32", "model.kwargs.layers=[1,1,1,1]")
+
+
+def cluster(name: str, *changes: str) -> Cluster:
+    return load_cluster(ROOT / f"launch/clusters/{name}.yaml", list(changes))
+
+
+def work(**changes: object) -> Work:
+    """ResNet-50, 90 epochs, batch 32,768, the order-free sum, no data."""
+    usual = Work(RESNET50, 1_281_167, 50_000, 90, 32_768, 64, "bf16", 8, False, True, 0.0)
+    return replace(usual, **changes)
+
+
+def test_all_reduce_against_hand_computed_seconds() -> None:
+    link = Link(1e9, 1e-5)
+    # 8 members, 800 MB: 14 messages of 100 MB, 0.1 s and 10 microseconds each
+    assert ring_seconds(8e8, 8, link) == pytest.approx(1.40014)
+    # 6 messages; 2 x 7/8 x 800 MB
+    assert halving_doubling_seconds(8e8, 8, link) == pytest.approx(1.40006)
+    # 6 members: as 4 (4 messages, 2 x 3/4 x 800 MB), and two fold in and out with 800 MB each way
+    assert halving_doubling_seconds(8e8, 6, link) == pytest.approx(1.20004 + 1.60002)
+    assert ring_seconds(8e8, 1, link) == halving_doubling_seconds(8e8, 1, link) == 0
+    two_nodes = cluster("h100-64", "devices=16", "link={bytes_per_second: 1e10, seconds: 0}", "network={bytes_per_second: 1e9, seconds: 0}")
+    # in the nodes 2 x 7/8 x 800 MB at 10 GB/s, between them 800 MB at 1 GB/s; one ring would take 2 x 15/16 x 0.8 s
+    assert all_reduce_seconds(8e8, two_nodes) == pytest.approx(0.14 + 0.8)
+
+
+def test_counts_of_known_models() -> None:
+    """4.09 and 0.72 billion multiply-adds of a forward, as the literature has them."""
+    resnet = count(create_model("resnet50"), 2, 224)
+    assert resnet.flops / 2 == pytest.approx(4.09e9, rel=0.01) and resnet.weights == 25_557_032
+    assert (resnet.flops, resnet.operations) == (RESNET50.flops, RESNET50.operations)
+    assert resnet.kept_bytes == pytest.approx(RESNET50.kept_bytes, rel=0.01)
+    config.import_model_file(ROOT / "recipes/alexnet")
+    alexnet = count(create_model("alexnet"), 2, 227)
+    assert alexnet.flops / 2 == pytest.approx(0.72e9, rel=0.01) and alexnet.weights == 60_965_224
+
+
+def test_an_image_on_both_sides_of_the_roofline() -> None:
+    # 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
+    peak = {"fp32": 1e14, "bf16": 1e14}
+    device = replace(cluster("h100-8").device, peak=peak, efficiency=0.5, memory_bandwidth=1e12, memory_passes=10)
+    assert image_seconds(device, RESNET50, "fp32") == pytest.approx(8.591e-4, rel=1e-3)
+    assert image_seconds(device, RESNET50, "bf16") == pytest.approx(4.907e-4, rel=1e-3)
+    measured = replace(device, images_per_second=500)
+    assert image_seconds(measured, RESNET50, "bf16") == pytest.approx(1 / 500)
+    assert image_seconds(measured, replace(RESNET50, flops=2 * RESNET50.flops), "bf16") == pytest.approx(2 / 500)
+
+
+def test_a_step_is_the_sum_of_its_parts_and_waits_for_data() -> None:
+    here = cluster("h100-8")
+    step = step_of(work(), here)
+    assert step.seconds == step.compute + step.summing + step.communication + step.update
+    assert step.compute == pytest.approx(4096 * image_seconds(here.device, RESNET50, "bf16") + 64 * 3 * 283 * 3.9e-6)
+    assert step.summing == pytest.approx(64 * 60 * 25_557_032 / 3.35e12)
+    slow = replace(here, node=replace(here.node, cores=16))  # one decoding core a device: 370 images/s
+    starved = step_of(work(image_bytes=110_000), slow)
+    assert starved.seconds == starved.data == pytest.approx(4096 * 2.7e-3) and starved.bottleneck == "data"
+    shared = step_of(work(image_bytes=110_000, precision="fp32"), cluster("cpu-2"))
+    assert shared.seconds == pytest.approx(shared.compute + shared.summing + shared.communication + shared.update + shared.data)
+
+
+def test_ddp_hides_its_exchange_behind_the_last_backward_and_the_order_free_sum_does_not() -> None:
+    many = cluster("p100-256")
+    exact, ddp = step_of(work(), many), step_of(work(wire_bytes=4, overlap=True, sums_passes=False), many)
+    assert ddp.communication == 0 and ddp.summing == 0
+    assert exact.communication == all_reduce_seconds(8 * 25_557_032, many) > 0
+
+
+def test_more_devices_compute_less_each_and_exchange_longer() -> None:
+    steps = [step_of(work(), with_devices(cluster("h100-64"), n)) for n in (1, 8, 16, 64, 256, 512)]
+    for fewer, more in zip(steps, steps[1:]):
+        assert more.compute < fewer.compute and more.communication >= fewer.communication
+    assert steps[0].communication == 0
+    times = [evaluation_seconds(work(), with_devices(cluster("h100-64"), n)) for n in (1, 8, 64)]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.stem)
+def test_every_cluster_loads_and_each_of_its_numbers_has_a_source(path: Path) -> None:
+    described = load_cluster(path)
+    assert described.launch is None or (ROOT / f"launch/{described.launch}.yaml").is_file()
+    words = "published|datasheet|measured here|fitted|assumed|remembered|unused|by choice"
+    for line in path.read_text().splitlines():
+        if re.search(r": -?[\d.]+(e[+-]\d+)?\s*(#|$)", line):
+            assert re.search(rf"# .*({words})", line), line
+
+
+def test_mistakes_in_a_cluster_are_one_line(tmp_path: Path) -> None:
+    text = (ROOT / "launch/clusters/h100-8.yaml").read_text()
+    for wrong, right, said in (
+        ("  efficency: 0.5", "  efficiency: 0.5", "unknown key 'device.efficency'; did you mean 'device.efficiency'?"),
+        ("", "devices: 8  # datasheet\nlaunch", "lacks devices, launch"),
+        ("  memory_bytes: much", "  memory_bytes: 80000000000", "device.memory_bytes"),
+        ("  cores: 0", "  cores: 112", "node.cores=0 must be positive"),
+    ):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text.replace(right, wrong) if not right.startswith("devices") else re.sub(r"(?m)^(devices|launch):.*\n", "", text))
+        with pytest.raises(RecipeError, match=re.escape(said)) as error:
+            load_cluster(file)
+        assert "\n" not in str(error.value)
+    with pytest.raises(RecipeError, match="did you mean '.*h100-8.yaml'"):
+        load_cluster(ROOT / "launch/clusters/h100_8.yaml")
+
+
+def test_the_largest_pass_that_fits_is_a_multiple_of_bn_group_and_lets_the_devices_divide_the_passes() -> None:
+    recipe = config.load(RESNET, [])  # 32,768 in groups of 64
+    assert choose_passes(recipe, 1_281_167, 8, 1_500).micro_batch == 1_024
+    assert choose_passes(recipe, 1_281_167, 8, 10**9).micro_batch == 4_096  # one pass a device
+    assert choose_passes(recipe, 1_281_167, 512, 1_500).micro_batch == 64
+    assert choose_passes(recipe, 1_281_167, 8, 3).micro_batch == 64  # nothing fits: the smallest, and the plan says so
+    with pytest.raises(RecipeError, match="2048 processes do not divide the 512 passes .* use 512"):
+        choose_passes(recipe, 1_281_167, 2_048, 1_500)
+    fixed = config.load(RESNET, ["runtime.micro_batch=256"])
+    assert choose_passes(fixed, 1_281_167, 8, 10**9).micro_batch == 256
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(config.load(DEMO / "resnet50.yaml", list(TINY)), cluster("cpu-2"))
+
+
+def test_a_plan_of_the_demo(plan: Plan) -> None:
+    assert (plan.steps, plan.batch.passes_per_process, plan.evaluations) == (104, 12, 8)
+    assert plan.work.samples == 10_007 and 400 < plan.work.image_bytes < 700
+    assert plan.seconds == pytest.approx(104 * plan.step.seconds + 8 * evaluation_seconds(plan.work, plan.cluster))
+    assert plan.bottleneck == "compute" and plan.cost is None
+    small = replace(plan.cluster, device=replace(plan.cluster.device, memory_bytes=1_000_000))
+    assert make_plan(config.load(DEMO / "resnet50.yaml", list(TINY)), small).bottleneck == "memory"
+
+
+def test_json_has_the_names_that_scripts_rely_on(capsys: pytest.CaptureFixture) -> None:
+    assert main([str(DEMO / "resnet50.yaml"), str(ROOT / "launch/clusters/cpu-2.yaml"), "--json", *TINY]) == 0
+    said = json.loads(capsys.readouterr().out)
+    six = ["seconds", "steps", "passes_per_device", "images_per_second", "memory_bytes_per_device", "bottleneck"]
+    assert list(said) == [*six, "details"]
+
+
+def test_the_answer_in_words_names_time_memory_and_the_command(capsys: pytest.CaptureFixture) -> None:
+    assert main([str(RESNET), str(ROOT / "launch/clusters/h100-8.yaml"), "model.kwargs.layers=[1,1,1,1]", "runtime.micro_batch=128"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"on 8 H100: about [\d.]+ (min|h)", said) and "bottleneck" in said and "GB of activations" in said
+    line = next(line for line in said.splitlines() if "accelerate launch" in line)
+    assert "--config_file launch/gpu.yaml --num_processes 8 " in line and "runtime.micro_batch=128 runtime.channels_last=true" in line
+    assert f"--config {RESNET} model.kwargs.layers=[1,1,1,1] runtime" in line
+
+
+def test_what_a_plan_does_not_hold_for_is_said(capsys: pytest.CaptureFixture) -> None:
+    keys = ["model.kwargs.layers=[1,1,1,1]", "bn_group=16"]
+    assert main([str(RESNET), str(ROOT / "launch/clusters/knl-7250-2048.yaml"), *keys]) == 0
+    said = capsys.readouterr().out
+    assert "bf16 counted as fp32" in said and "a deterministic process uses one CPU thread" in said
+    assert main([str(RESNET), str(ROOT / "launch/clusters/tpu-v3-1024.yaml"), *keys]) == 0
+    assert "nothing here runs on TPU v3 chip" in capsys.readouterr().out
+
+
+def test_a_sweep_prints_a_line_each_and_draws(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    picture = tmp_path / "plots/sweep.png"
+    keys = [*TINY, "--devices", "1,2,4", "--picture", str(picture)]
+    assert main([str(DEMO / "resnet50.yaml"), str(ROOT / "launch/clusters/h100-8.yaml"), *keys]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["devices", "1", "2", "4"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place", "keys", "said"),
+    [
+        (DEMO / "resnet50.yaml", "cpu-2", ["--devices", "5"], "do not fill nodes of 2: use 4 or 6"),
+        (DEMO / "resnet50.yaml", "h100-8", ["--devices", "7"], "7 processes do not divide the 24 passes"),
+        (DEMO / "resnet50.yaml", "cpu-2", ["data.path=some/where"], "give data.path=FOLDER"),
+        (DEMO / "resnet50.yaml", "cpu-2", ["bn_grop=3"], "did you mean 'bn_group'"),
+        (DEMO / "nothing.yaml", "cpu-2", [], "no recipe at"),
+        (DEMO / "resnet50.yaml", "cpu-3", [], "no cluster at"),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_2(recipe: Path, place: str, keys: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(recipe), str(ROOT / f"launch/clusters/{place}.yaml"), *keys]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1, error
+
+
+def test_the_committed_comparison_and_its_page() -> None:
+    result = json.loads((ROOT / "tests/benchmarks/plan.json").read_text())
+    page = (ROOT / "launch/clusters/README.md").read_text()
+    assert page[page.index(MARKS[0]) + len(MARKS[0]) : page.index(MARKS[1])] == page_table(result)
+    rows = result["rows"]
+    errors = [abs(row["predicted_seconds"] / row["seconds"] - 1) * 100 for row in rows if not row["fitted"]]
+    assert result["median_unfitted"] == round(statistics.median(errors), 1) < 25 and len(errors) >= 25
+    fitted = [abs(row["predicted_seconds"] / row["seconds"] - 1) for row in rows if row["fitted"]]
+    assert max(fitted) < 0.01
+    assert {path.stem for path in CLUSTERS} >= {row["cluster"] for row in rows}
+
+
+def test_committed_predictions_are_what_the_model_says_now() -> None:
+    from benchmarks.plan import predicted, rows
+
+    committed = {row["run"]: row["predicted_seconds"] for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]}
+    for row in rows():
+        assert predicted(row) == pytest.approx(committed[row.run], rel=1e-3), row.run
