@@ -43,4 +43,7 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
 	$(PYTHON) -m tests.benchmarks.optimizer_step --json > tests/benchmarks/optimizer_step.json
 	$(PYTHON) -m tests.benchmarks.memory --json > tests/benchmarks/memory.json
+	$(PYTHON) -m tests.benchmarks.order --json > tests/benchmarks/order.json
+	$(PYTHON) -m pip install --quiet -e .[bench]
+	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json

@@ -16,20 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, gather, gather_object
 
 from lars import bind, checkpoint, config
 from lars.batch import BatchPlan
+from lars.check import check
 from lars.config import Recipe, RecipeError
-from lars.data.index import Index, build_indexes, fingerprint
-from lars.data.loader import Loader, data_line, training_batches
+from lars.data.index import Index, fingerprint
+from lars.data.loader import Loader, training_batches
 from lars.data.order import Order, samples_hash
 from lars.data.source import DataError
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched
-from lars.memory import memory_line
 from lars.nonfinite import explain_nonfinite
 from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
@@ -116,12 +115,10 @@ class Training:
                     break
                 started = time.perf_counter()
                 loss, lr = self.train_step(batches, slots)
-                if loss is None:
+                if loss is not None:
+                    self.log_step(progress, loss, lr, time.perf_counter() - started, batches.waited)
+                if loss is None or self.lacking:
                     return self.stopped(progress)
-                took = time.perf_counter() - started
-                self.seconds += took
-                self.log_step(progress, loss, lr, took, batches.waited)
-                self.count_bad_images()
         finally:
             progress.close()
             batches.close()
@@ -168,18 +165,11 @@ class Training:
         self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.bad_images += sums.counts[1]
+        if self.bad_images > (allowed := self.recipe.data.max_bad_fraction) * max(self.step * self.plan.global_batch, self.plan.samples):
+            self.lacking = DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
         if self.recipe.ledger:
-            everywhere = gather(torch.cat(ids).to(self.engine.device)).tolist()
-            self.folder.append("ledger.jsonl", {"step": self.step, "ids": everywhere})
+            self.folder.append("ledger.jsonl", {"step": self.step, "ids": gather(torch.cat(ids).to(self.engine.device)).tolist()})
         return float(sums.floats[0]) / self.plan.passes, lr
-
-    def count_bad_images(self) -> None:
-        """Stop, with a checkpoint, where more images than the recipe allows were replaced."""
-        allowed = self.recipe.data.max_bad_fraction
-        if self.bad_images > allowed * max(self.step * self.plan.global_batch, self.plan.samples):
-            self.save()
-            self.writer.wait()
-            raise DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
 
     def explain(self, sums: StepSums, slots: list[range]) -> None:
         """Play the unfinished step again to find where it stopped being finite, and end the run there."""
@@ -230,7 +220,7 @@ class Training:
             self.writer.save(checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe), self.aliases), weights, momentum)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
-        rate = self.plan.global_batch / took
+        self.seconds, rate = self.seconds + took, self.plan.global_batch / took
         values = {"step": self.step, "epoch": self.epoch, "loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
         self.folder.result.update(self.position())
         self.folder.log("train", **values, images_per_second=round(rate, 1))
@@ -268,16 +258,6 @@ class Training:
         if self.rank == 0:
             print(f"{self.recipe.name}: resuming after step {self.step} from {saved}", flush=True)
         return checkpoint.load_momentum(saved)
-
-
-def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, BatchPlan, str]:
-    """Everything that can be wrong before the first step: batch arithmetic, trackers, data, model; last, what it needs."""
-    if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
-        raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    train, val = build_indexes(recipe.data, recipe.model.num_classes)
-    plan = BatchPlan.of(recipe, train.samples, processes)
-    build_optimizer(recipe, model := build_model(recipe)[0])
-    return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

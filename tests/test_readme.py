@@ -15,7 +15,7 @@ from conftest import ROOT
 from lars import config
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
+TEXTS = [ROOT / "README.md", ROOT / "lars/data/README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
 
 
 def commands(text: str) -> list[str]:
@@ -114,6 +114,19 @@ def test_the_costs_on_the_card_are_the_committed_measurement() -> None:
     assert len(costs) == 5
     for rival, cells in costs.items():
         assert cells == [f"{models[model][rival]['ratio']:.2f}" for model in ("resnet50", "alexnet")]
+
+
+def test_the_tables_of_the_data_card_are_the_committed_measurements() -> None:
+    from benchmarks import loader, order
+
+    text = (ROOT / "lars/data/README.md").read_text()
+    measured = {name: json.loads((ROOT / f"tests/benchmarks/{name}.json").read_text()) for name in ("order", "loader")}
+    tables = {"reading": order.reading_table(measured["order"]["reading"]), "shuffling": order.shuffling_table(measured["order"]["shuffling"])}
+    for name, shown in {**tables, "loader": loader.table(measured["loader"])}.items():
+        assert text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0] == shown, f"print it anew: python -m tests.benchmarks.{name}"
+    assert max(row["worst_rank"] for rows in measured["order"]["reading"].values() for row in rows) <= 1.2
+    rate = {rival: row["images_per_second"] for rival, row in measured["loader"]["rivals"].items()}
+    assert rate["ours"] >= 2.5 * rate["timm"] and rate["ours"] >= 1.3 * rate[loader.DALI]
 
 
 def test_the_two_lines_in_the_readme_run() -> None:

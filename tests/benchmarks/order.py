@@ -87,6 +87,28 @@ def shuffling(global_batch: int, bn_group: int, window: float | None) -> dict:
     return found
 
 
+def reading_table(tables: dict[str, list[dict]]) -> str:
+    """Both batch-norm groups side by side, as lars/data/README.md shows it."""
+    names = list(tables)
+    lines = ["| processes | " + " | ".join(f"`bn_group` {n.split('/')[1]}: held GiB | read, mean | worst process of a run | worst epoch" for n in names) + " |"]
+    lines.append("|" + " --- |" * (1 + 4 * len(names)))
+    for processes in PROCESSES:
+        rows = [next((row for row in tables[name] if row["processes"] == processes), None) for name in names]
+        cells = [f"{r['held_gib']:.2f} | {r['mean']:.2f} | {r['worst_rank']:.2f} | {r['worst_epoch']:.2f}" if r else " | | | " for r in rows]
+        lines.append(f"| {processes:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shuffling_table(tables: dict[str, list[dict]]) -> str:
+    """Of each batch, classes of a batch and of a batch-norm group."""
+    lines = ["| batch / `bn_group` | window | classes a batch | a group | sorted files: a batch | a group | distance | again |", "|" + " --- |" * 8]
+    for name, rows in tables.items():
+        for row in rows:
+            figures = [row[key] for key in ("random_batch", "random_group", "sorted_batch", "sorted_group", "distance", "again")]
+            lines.append(f"| {name} | {row['window']} | " + " | ".join(f"{f:g}" for f in figures) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -98,11 +120,7 @@ def main() -> None:
     if args.json:
         json.dump(result, sys.stdout, indent=1)
         return
-    for kind, tables in result.items():
-        for name, rows in tables.items():
-            print(f"\n{kind}, global_batch/bn_group {name}\n" + "  ".join(rows[0]))
-            for row in rows:
-                print("  ".join(str(value) for value in row.values()))
+    print(reading_table(result["reading"]), shuffling_table(result["shuffling"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_ten_epochs_leave_memory_flat_and_nothing_behind(workers: int, recipe: R
             marks.append(resident(children))
     assert len(marks) == 10 and max(marks[2:]) < 1.03 * marks[1] + 2**20, marks
     assert not any(psutil.pid_exists(child) for child in children)
-    assert names() == before and len(os.listdir("/proc/self/fd")) == descriptors
+    assert names() == before and len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def _hold_a_loader(keys: tuple[str, ...], pipe) -> None:

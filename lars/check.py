@@ -1,0 +1,25 @@
+"""Everything that can be wrong before the first step, found in one process; what `recipes/train.py --check` says."""
+from __future__ import annotations
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from lars.batch import BatchPlan
+from lars.config import Recipe, RecipeError
+from lars.data.index import Index, build_indexes
+from lars.data.loader import data_line
+from lars.engine import build_model, build_optimizer
+from lars.memory import memory_line
+
+
+def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, BatchPlan, str]:
+    """Both indexes, the batch arithmetic, and two lines: the memory that a process needs, and what it reads.
+
+    Raises:
+        RecipeError: trackers, data, model or numbers that cannot be trained.
+    """
+    if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
+        raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    train, val = build_indexes(recipe.data, recipe.model.num_classes)
+    plan = BatchPlan.of(recipe, train.samples, processes)
+    build_optimizer(recipe, model := build_model(recipe)[0])
+    return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"
