@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from conftest import DEMO, ROOT, play, start_ranks
-from lars.report import committed_results, draw, expected_interval, report
+from lars.report import committed_results, draw, expectation, expected_interval, report
 from lars.reproduce import launch_command, prepare_folder
 from lars.reproduce import main as reproduce_main
 from lars.run import read_result, sources
@@ -60,6 +60,39 @@ def test_verdicts(tmp_path: Path) -> None:
     assert not good and "FAIL (failed)" in text
     good, text = verdict(tmp_path / "nothing")
     assert not good and "FAIL (not started)" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected", "passes", "fails"),
+    [
+        ("resnet50/lars-b32k-90ep", "76.25 or more", 76.25, 76.24),  # NUS-HPC 76.75 - 0.5
+        ("resnet50/lars-b32k-64ep", "74.4 or more", 90.0, 74.39),  # You et al. 74.9 - 0.5; no upper bound
+        ("resnet50/sgd-b32k-90ep", "73.7 or less", 60.0, 76.0),  # the control: 71.7 + 2
+    ],
+)
+def test_without_committed_seeds_a_run_is_judged_by_what_is_published(tmp_path: Path, recipe: str, expected: str, passes: float, fails: float) -> None:
+    good, text = verdict(run_with(tmp_path / "good", recipe=recipe, status="finished", top1=passes))
+    assert good and "PASS" in text and expected in text and "published" in text
+    good, text = verdict(run_with(tmp_path / "bad", recipe=recipe, status="finished", top1=fails))
+    assert not good and "FAIL" in text
+
+
+def test_a_reference_point_is_judged_by_the_epoch_at_which_it_reaches_the_target(tmp_path: Path) -> None:
+    """MLPerf at 32,768: ten seeds at 55 to 57, mean 56, s = 0.4714; 56 + 3.250 x 0.4714 x sqrt(1.1) = 57.6."""
+    batch, n = 32_768, 1_281_167
+    for first, good in ((55, True), (57, True), (58, False), (None, False)):
+        run = run_with(tmp_path / str(first), recipe="resnet50/mlperf-b32k", status="finished", top1=76.5 if first else 75.8)
+        steps = [-(-e * n // batch) for e in range(1, 59)]  # evaluation e comes after step ceil(e N / B)
+        lines = [{"kind": "eval", "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8} for e, s in enumerate(steps, 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        told, text = verdict(run)
+        assert told == good and "75.9 by epoch 57" in text and ("PASS" if good else "FAIL") in text
+
+
+def test_a_recipe_that_nobody_published_has_no_verdict(tmp_path: Path) -> None:
+    assert expectation("mine/lars-b32k-90ep") is None
+    good, text = verdict(run_with(tmp_path / "run", recipe="mine/lars-b32k-90ep", status="finished", top1=1.0))
+    assert good and "PASS" not in text and "FAIL" not in text
 
 
 def test_the_picture_is_drawn(tmp_path: Path, tiny_runs: dict[int, Path]) -> None:
