@@ -35,6 +35,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: the paper's eta.
         eps: added to the denominator of the ratio; MLPerf uses 0.
         momentum_mode: "paper" keeps the rate inside the velocity, "torch" outside.
+        decay_in_norm: False leaves `weight_decay * |w|` out of the ratio, as the LARS authors' own Caffe fork does.
 
     Raises:
         ValueError: an argument is out of range.
@@ -50,6 +51,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 0.0,
         momentum_mode: str = "paper",
+        decay_in_norm: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -58,6 +60,7 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
             "eps": eps,
             "momentum_mode": momentum_mode,
+            "decay_in_norm": decay_in_norm,
             "adapt": None,
         }
         self.layout = None  # lars.sharding.Layout, set by lars.bind where an engine keeps slices
@@ -171,8 +174,9 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def trust_ratios(weight_norms: Tensor, grad_norms: Tensor, group: dict[str, Any]) -> Tensor:
-    """eta |w| / (|g| + beta |w| + eps) for each tensor; 1 where |w| or |g| is 0."""
-    ratios = group["trust_coefficient"] * weight_norms / (grad_norms + group["weight_decay"] * weight_norms + group["eps"])
+    """eta |w| / (|g| + beta |w| + eps) for each tensor, without beta |w| unless `decay_in_norm`; 1 where |w| or |g| is 0."""
+    decay = group["weight_decay"] if group["decay_in_norm"] else 0.0
+    ratios = group["trust_coefficient"] * weight_norms / (grad_norms + decay * weight_norms + group["eps"])
     return torch.where((weight_norms > 0) & (grad_norms > 0), ratios, 1.0)
 
 

@@ -30,27 +30,30 @@ def gradients(model: nn.Module, step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 3 - 2)
 
 
-def reference_step(weights, velocities, grads, lr, m, decay, eta, eps, mode) -> None:
-    """The paper's equations, tensor by tensor, in float64."""
+def reference_step(weights, velocities, grads, lr, m, decay, eta, eps, mode, caffe=False) -> None:
+    """The paper's equations, tensor by tensor, in float64; or those of the authors' Caffe fork (nvcaffe, sgd_solver.cpp)."""
     for i, (w, g) in enumerate(zip(weights, grads)):
         w, g = w.double(), g.double()
         ratio, beta = 1.0, 0.0
-        if w.ndim > 1:
+        if caffe or w.ndim > 1:
             beta = decay
             if w.norm() > 0 and g.norm() > 0:
-                ratio = eta * w.norm() / (g.norm() + beta * w.norm() + eps)
+                ratio = eta * w.norm() / (g.norm() + (0.0 if caffe else beta * w.norm()) + eps)
         inside, outside = (lr, 1.0) if mode == "paper" else (1.0, lr)
         velocities[i] = m * velocities[i] + inside * ratio * (g + beta * w)
         weights[i] = w - outside * velocities[i]
 
 
+@pytest.mark.parametrize("caffe", [False, True], ids=["paper's rule", "Caffe's rule"])
 @pytest.mark.parametrize("mode", ["paper", "torch"])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_follows_the_papers_equations_in_float64(mode: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follows_the_equations_in_float64(mode: str, foreach: bool, caffe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if foreach:  # the path that GPUs take
         monkeypatch.setattr("lars.optimizer._update_fused", _update_foreach)
     model = network()
-    optimizer = LARS(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-3, trust_coefficient=0.02, eps=1e-3, momentum_mode=mode)
+    common = {"momentum": 0.9, "weight_decay": 5e-3, "trust_coefficient": 0.02, "eps": 1e-3, "momentum_mode": mode, "decay_in_norm": not caffe}
+    every = [{"params": model.parameters(), "adapt": True, "weight_decay": 5e-3}]
+    optimizer = LARS(every if caffe else model.parameters(), lr=1.0, **common)
     weights = [p.detach().double() for p in model.parameters()]
     velocities = [torch.zeros_like(w) for w in weights]
     for step, lr in enumerate(RATES):
@@ -58,10 +61,21 @@ def test_follows_the_papers_equations_in_float64(mode: str, foreach: bool, monke
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        reference_step(weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode)
+        reference_step(weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode, caffe)
     for p, w in zip(model.parameters(), weights):
         # float32 keeps 2^-24 of a number; six updates of a few operations each stay within 64 units
         torch.testing.assert_close(p.double(), w, rtol=64 * 2**-24, atol=64 * 2**-24 * float(w.abs().max()))
+
+
+def test_the_rules_differ() -> None:
+    ends = []
+    for decay_in_norm in (True, False):
+        model = network()
+        optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1.0, decay_in_norm=decay_in_norm)
+        gradients(model, 0)
+        optimizer.step()
+        ends.append(model[4].weight.detach().clone())
+    assert (ends[0] - ends[1]).norm() > 0.01 * (ends[0] - network()[4].weight).norm()
 
 
 def test_modes_differ_when_the_rate_changes() -> None:

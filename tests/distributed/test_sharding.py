@@ -63,16 +63,21 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, 1, 7, 7, generator=generator), torch.randint(0, 11, (BATCH,), generator=generator)
 
 
-def optimizer(net: nn.Module, several_groups: bool = False) -> lars.LARS:
+def optimizer(net: nn.Module, several_groups: bool = False, caffe: bool = False) -> lars.LARS:
     trained = [p for p in net.parameters() if p.requires_grad]
+    if caffe:  # the rule of the authors' fork: no decay in the ratio, every tensor adapted and decayed
+        every = [{"params": trained, "adapt": True, "weight_decay": 0.1}]
+        return lars.LARS(every, lr=1.0, momentum=0.9, trust_coefficient=0.01, decay_in_norm=False)
     groups = [{"params": trained[:3]}, {"params": trained[3:], "weight_decay": 1e-2}] if several_groups else trained
     return lars.LARS(groups, lr=1.0, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.01)
 
 
-def control(several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False) -> list[dict[str, torch.Tensor]]:
+def control(
+    several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False, caffe: bool = False
+) -> list[dict[str, torch.Tensor]]:
     """The weights after every step, in one process; a missing gradient is left out, or counts as zero."""
     net = model(kind)
-    rule, states = optimizer(net, several_groups), []
+    rule, states = optimizer(net, several_groups, caffe), []
     for step in range(STEPS):
         for group in rule.param_groups:
             group["lr"] = RATES[step]
@@ -128,13 +133,13 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
     import deepspeed
 
     config = dict(config)
-    net = model(Skips if config.pop("skips", False) else Odd)
+    net, caffe = model(Skips if config.pop("skips", False) else Odd), config.pop("caffe", False)
     if config.get("bf16") and config["zero_optimization"]["stage"]:
         config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     accumulation = config.get("gradient_accumulation_steps", 1)
     micro = BATCH // world // accumulation
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, **config}
-    engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=optimizer(net, several_groups), config=config)
+    engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=optimizer(net, several_groups, caffe), config=config)
     counts = [0]
     states = []
     try:
@@ -198,7 +203,7 @@ def _fsdp2_rank(rank: int, world: int, port: int, config: dict, several_groups: 
 
     net = model(Skips if config.get("skips") else Odd)
     fully_shard(net)
-    rule = optimizer(net, several_groups)
+    rule = optimizer(net, several_groups, config.get("caffe", False))
     counts, states = [0], []
     if bind:
         lars.bind(net, rule)
@@ -261,6 +266,19 @@ def test_zero_is_exact_with_one_all_reduce(stage: int, world: int, tmp_path: Pat
     assert answer["engine"] == ENGINES[stage]
     assert worst(answer["states"]) < BOUND
     assert answer["all_reduces"] == 1
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
+def test_the_caffe_forks_rule_is_exact_on_slices(stage: int, tmp_path: Path) -> None:
+    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "caffe": True})
+    assert worst(answer["states"], expected=control(caffe=True)) < BOUND < worst(control(), expected=control(caffe=True))
+    assert answer["all_reduces"] == 1
+
+
+@pytest.mark.long
+def test_the_caffe_forks_rule_is_exact_under_fsdp2(tmp_path: Path) -> None:
+    answer = run(_fsdp2_rank, 2, tmp_path, {"caffe": True})
+    assert worst(answer["states"], expected=control(caffe=True)) < BOUND and answer["all_reduces"] == 1
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), 3])
