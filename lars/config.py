@@ -69,6 +69,8 @@ class Optimizer:
     trust_coefficient: float | None = MISSING  # null for sgd
     eps: float | None = MISSING  # null for sgd
     momentum_mode: str = MISSING  # paper (rate inside the velocity) or torch (outside)
+    decay_in_norm: bool | None = MISSING  # false: the ratio without weight decay, as nvcaffe has it; null for sgd
+    adapt_1d: bool | None = MISSING  # true: biases and norm scales are adapted and decayed too; null for sgd
 
 
 @dataclass
@@ -299,6 +301,8 @@ def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}")
     if recipe.optimizer.name == "lars" and None in (recipe.optimizer.trust_coefficient, recipe.optimizer.eps):
         raise RecipeError("optimizer.name=lars needs numbers for optimizer.trust_coefficient and optimizer.eps (0.001 and 0.0)")
+    if recipe.optimizer.name == "lars" and None in (recipe.optimizer.decay_in_norm, recipe.optimizer.adapt_1d):
+        raise RecipeError("optimizer.name=lars needs true or false for optimizer.decay_in_norm and optimizer.adapt_1d (true and false)")
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -42,7 +42,9 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> LARS:
         raise RecipeError("the model has no parameter to train")
     common = {"lr": keys.lr, "momentum": keys.momentum, "weight_decay": keys.weight_decay, "momentum_mode": keys.momentum_mode}
     if keys.name == "lars":
-        return LARS(trained, trust_coefficient=keys.trust_coefficient, eps=keys.eps, **common)
+        ratio = {"trust_coefficient": keys.trust_coefficient, "eps": keys.eps, "decay_in_norm": keys.decay_in_norm}
+        every = [{"params": trained, "adapt": True, "weight_decay": keys.weight_decay}]
+        return LARS(every if keys.adapt_1d else trained, **ratio, **common)
     return LARS([{"params": trained, "adapt": False}], **common)
 
 

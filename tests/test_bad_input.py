@@ -38,6 +38,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("model.kwargs.widht=2", ["model.kwargs", "widht"]),
         ("optimizer.name=lamb", ["optimizer.name=lamb", "lars or sgd"]),
         ("optimizer.momentum_mode=papper", ["did you mean 'paper'"]),
+        ("optimizer.adapt_1d=null", ["true or false", "optimizer.adapt_1d"]),
         ("seed=99999999999999999999999", ["seed", "63 bits"]),
         ("name=${nowhere}", ["nowhere"]),
         ("model.kwargs.channels=[-8,16,32,64]", ["cannot be built", "model.kwargs"]),

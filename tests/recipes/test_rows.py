@@ -25,6 +25,7 @@ from lars.batch import BatchPlan
 from lars.config import Recipe
 from lars.data.index import Index
 from lars.data.order import Order
+from lars.engine import build_optimizer
 from lars.report import committed_results, expectation
 from lars.schedule import Schedule
 from recipes.train import main
@@ -40,6 +41,7 @@ ROWS = {
     "nvcaffe: AlexNet-BN 8K": "alexnet/lars-b8k-100ep",
     "nvcaffe: AlexNet-BN 16K": "alexnet/lars-b16k-100ep",
     "nvcaffe: AlexNet-BN 32K": "alexnet/lars-b32k-100ep-bn1024",
+    "nvcaffe: AlexNet-BN 32K, that fork's own rule": "alexnet/lars-b32k-100ep-caffe-rule",
     "nvcaffe: ResNet-50 1K": "resnet50/lars-b1k-100ep",
     "notes on 1708.03888: AlexNet 256": "alexnet/sgd-b256-100ep",
     "notes on 1708.03888: AlexNet 4K, linear scaling": "alexnet/sgd-b4k-100ep",
@@ -86,6 +88,8 @@ RATES = {
     "alexnet/lars-b32k-100ep": (3910, 1.0, (390, 31.8446), (391, 25.9197), (1955, 7.99923), (3909, 1.378e-06)),
     # w = 390.98, T = 3909.81
     "alexnet/lars-b32k-100ep-bn1024": (3910, 1.0, (390, 31.8446), (391, 25.9197), (1955, 7.99923), (3909, 1.378e-06)),
+    # w = 390.98, T = 3909.81
+    "alexnet/lars-b32k-100ep-caffe-rule": (3910, 1.0, (390, 31.8446), (391, 25.9197), (1955, 7.99923), (3909, 1.378e-06)),
     # w = 25022.79, T = 450410.27
     "resnet50/sgd-b256-90ep": (450410, 0.0, (25022, 0.0999968), (25023, 0.0999999), (225205, 0.0280277), (450409, 8.962e-13)),
     # w = 781.96, T = 14075.32
@@ -137,6 +141,7 @@ PARAMETERS = {"alexnet": 60_965_224, "alexnet_bn": 60_966_600, "alexnet_bn_post"
 
 # One recipe of each (model, optimizer, shape of the schedule); the others run in `make test-long`.
 OF_EACH_KIND = [
+    "alexnet/lars-b32k-100ep-caffe-rule",
     "alexnet/lars-b8k-100ep",
     "alexnet/sgd-b4k-100ep",
     "resnet50/lars-b1k-100ep",
@@ -157,7 +162,8 @@ def header_of(name: str) -> str:
 
 def kind(name: str) -> tuple:
     r = recipe_of(name)
-    return r.model.name, r.optimizer.name, r.schedule.warmup_power, r.schedule.decay_from, r.schedule.decay_steps is None
+    rule = r.optimizer.name, str(r.optimizer.adapt_1d)
+    return r.model.name, *rule, r.schedule.warmup_power, r.schedule.decay_from, r.schedule.decay_steps is None
 
 
 def passes_at_default(r: Recipe) -> int:
@@ -287,6 +293,16 @@ def test_every_published_row_has_an_expectation(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     silent = {n for n in NAMES if expectation(n) is None}
     assert silent == {n for n in NAMES if "state no accuracy" in header_of(n)}
+
+
+def test_the_caffe_rule_adapts_and_decays_every_tensor() -> None:
+    for name, groups in (
+        ("alexnet/lars-b32k-100ep-caffe-rule", [(True, 5e-4, False, 16)]),
+        ("alexnet/lars-b32k-100ep-bn1024", [(True, 5e-4, True, 8), (False, 0.0, True, 8)]),
+    ):
+        optimizer = build_optimizer(recipe_of(name), timm.create_model("alexnet_bn_post", width=0.125, image_size=67))
+        told = [(g["adapt"], g["weight_decay"], g["decay_in_norm"], len(g["params"])) for g in optimizer.param_groups]
+        assert told == groups
 
 
 @pytest.fixture(scope="module")
