@@ -60,7 +60,7 @@ def evaluation_image(data: bytes | memoryview | None, augment: Augment, size: in
 
 def _random_resized_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[float]) -> np.ndarray:
     left, top, right, bottom = _random_box((image.width, image.height), augment, draw)
-    pixels = image.pixels(max(size / (right - left), size / (bottom - top)))
+    pixels = image.pixels(max(size / (right - left), size / (bottom - top)), fast=True)
     down, across = pixels.shape[0] / image.height, pixels.shape[1] / image.width  # 1, or less where it came smaller
     rows = slice(int(top * down), max(int(bottom * down), int(top * down) + 1))
     columns = slice(int(left * across), max(int(right * across), int(left * across) + 1))
@@ -71,9 +71,9 @@ def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[flo
     if augment.resize:
         scale = augment.resize / min(image.width, image.height)
         extent = (max(augment.resize, round(image.width * scale)), max(augment.resize, round(image.height * scale)))
-        pixels = _resize(image.pixels(scale), extent)
+        pixels = _resize(image.pixels(scale, fast=True), extent)
     else:
-        pixels = image.pixels()
+        pixels = image.pixels(fast=True)
     rows, columns = (max(0, size - side - 2 * augment.pad) for side in pixels.shape[:2])  # what a small image lacks
     if augment.pad or rows or columns:
         edges = (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)

@@ -41,11 +41,12 @@ class Encoded:
         if self.width * self.height > MAX_PIXELS:
             raise BadImage(f"{self.width} x {self.height} pixels")
 
-    def pixels(self, scale: float = 1.0) -> np.ndarray:
+    def pixels(self, scale: float = 1.0, fast: bool = False) -> np.ndarray:
         """uint8 (height, width, 3) in RGB. A JPEG may come at 1/2, 1/4 or 1/8 of its size if that is no less than `scale`.
 
         Only these are quick: libjpeg-turbo has vector code for them and not for the eighths in between. At full size the
-        pixels are Pillow's to the bit.
+        pixels are Pillow's to the bit; `fast` repeats the chroma samples instead of interpolating them, which is 15 % faster
+        and 1.4 of 255 off on average before the crop is resized.
 
         Raises:
             BadImage: cut off or damaged.
@@ -53,7 +54,7 @@ class Encoded:
         if self.opened is None:
             part = next((n for n in (8, 4, 2) if 1 / n >= scale), 1)
             try:
-                return simplejpeg.decode_jpeg(self.data, "RGB", min_height=-(-self.height // part), min_width=-(-self.width // part))
+                return simplejpeg.decode_jpeg(self.data, "RGB", min_height=-(-self.height // part), min_width=-(-self.width // part), fastupsample=fast)
             except ValueError:  # also what libjpeg only warns of, as it does for some of ImageNet's files: Pillow decides
                 self._open()
         try:

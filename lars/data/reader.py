@@ -193,7 +193,8 @@ class Reader:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"row group {number} of {name} cannot be read, the file is damaged: {one_line(error)}") from None
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
-        return (images if rows is None else images.take(pa.array(rows))).to_pylist(), labels
+        whole = rows is None or len(rows) == len(labels)  # spares a copy
+        return (images if whole else images.take(pa.array(rows))).to_pylist(), labels
 
     def _check_unchanged(self, file: int) -> None:
         """A local file before each read, a remote one before the first: asking costs a request there."""
