@@ -62,6 +62,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("global_batch=12288", ["10007 samples, fewer than global_batch=12288"]),
         ("model.num_classes=9", ["labels 0 ... 9", "model.num_classes=10"]),
         ("data.path=/no/such/folder", ["/no/such/folder: no such folder"]),
+        ("data.path=https://me:secret@host/data", ["holds credentials"]),
         ("data.path=./nowhere", ["./nowhere: no such folder"]),
         ("data.val_split=test", ["no split 'test'", "train, validation"]),
         ("data.image_column=img", ["data.image_column=img", "image, label"]),

@@ -76,8 +76,8 @@ def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[flo
         pixels = image.pixels(fast=True)
     rows, columns = (max(0, size - side - 2 * augment.pad) for side in pixels.shape[:2])  # what a small image lacks
     if augment.pad or rows or columns:
-        edges = (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
-        pixels = np.pad(pixels, [(a + augment.pad, b + augment.pad) for a, b in edges] + [(0, 0)])
+        edges = [side + augment.pad for side in (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)]
+        pixels = cv2.copyMakeBorder(pixels, *edges, cv2.BORDER_CONSTANT, value=(0, 0, 0))
     left = int(next(draw) * (pixels.shape[1] - size + 1))
     top = int(next(draw) * (pixels.shape[0] - size + 1))
     return pixels[top : top + size, left : left + size]

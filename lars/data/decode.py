@@ -12,6 +12,7 @@ MAX_PIXELS = 64_000_000  # ImageNet's largest image has 45 million; beyond this 
 MAX_BYTES = 32 * 2**20  # of one encoded image; ImageNet's largest has 15 MB
 Image.MAX_IMAGE_PIXELS = None  # our own bound holds; Pillow's would only warn
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF blocks in ImageNet are noise: nothing here reads EXIF
 
 
 class BadImage(ValueError):
@@ -32,10 +33,12 @@ class Encoded:
             raise BadImage(f"{len(data):,} bytes")
         self.data = data
         self.opened: Image.Image | None = None
-        try:  # CMYK (its colours are Adobe's, inverted or not) and what is no JPEG are left to Pillow
-            self.height, self.width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            colours = "unknown"
+        colours = "unknown"
+        if data[:2] == b"\xff\xd8":  # CMYK (its colours are Adobe's, inverted or not) and what is no JPEG are left to Pillow
+            try:
+                self.height, self.width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            except ValueError:
+                pass
         if colours not in ("YCbCr", "RGB", "Gray"):
             self._open()
         if self.width * self.height > MAX_PIXELS:
@@ -58,20 +61,16 @@ class Encoded:
             except ValueError:  # also what libjpeg only warns of, as it does for some of ImageNet's files: Pillow decides
                 self._open()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if self.opened.mode.startswith("I"):  # 16 bits a pixel; Pillow's conversion would clip them
-                    grey = (np.asarray(self.opened).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                    return np.repeat(grey[:, :, None], 3, axis=2)
-                return np.asarray(self.opened.convert("RGB"))
+            if self.opened.mode.startswith("I"):  # 16 bits a pixel; Pillow's conversion would clip them
+                grey = (np.asarray(self.opened).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            return np.asarray(self.opened.convert("RGB"))
         except Exception as error:  # Pillow's decoders raise many classes for damaged bytes
             raise BadImage(f"{type(error).__name__}: {error}") from None
 
     def _open(self) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged EXIF blocks in ImageNet are noise: nothing here reads EXIF
-                self.opened = Image.open(io.BytesIO(self.data))
+            self.opened = Image.open(io.BytesIO(self.data))
         except Exception as error:
             raise BadImage(f"{type(error).__name__}: {error}") from None
         self.width, self.height = self.opened.size

@@ -85,6 +85,8 @@ def resolve(data: Data) -> dict[str, list[str]]:
 
     path = os.path.expanduser(data.path)
     local, address = os.path.isdir(path), "://" in path
+    if address and ("@" in path or "?" in path):  # it would stand in config.yaml and in logs
+        raise RecipeError("data.path holds credentials or a signature: leave them to the file system's own environment variables")
     if not local and not address and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(f"data.path={data.path}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):

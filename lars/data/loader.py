@@ -60,7 +60,7 @@ def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:
         )
     return (
         f"data: {len(index.files):,} files of {len(index.rows):,} row groups; a process reads {len(groups):,} of them an epoch "
-        f"({share:.2f} x its share), holds up to {_needed(order, index, mine) / 2**20:,.0f} MiB of them and decodes in {workers_of(recipe)} processes"
+        f"({share:.2f} x its share), holds up to {_needed(order, index, mine) / 2**20:,.0f} MiB of them and has {workers_of(recipe)} to decode"
     )
 
 
@@ -134,7 +134,7 @@ class Loader:
         serve = Serving(reader, passes, self.shared, self.pipes, together)
         decode = Decoding(recipe, training, self.shared, self.pipes)
         self.children = {fork(serve.run): "reading"} | {fork(decode.run): "decoding" for _ in range(workers)}
-        self.close = weakref.finalize(self, end, list(self.children), self.pipes, self.shared)
+        self.close = weakref.finalize(self, end, self.children, self.pipes, self.shared)
         self.pipes.keep(self.pipes.news[0], self.pipes.free[1])
         if self.cuda:
             self.shared.pin()
@@ -210,9 +210,10 @@ class Loader:
             self.failure = number, pickle.loads(self.shared.error[:length])  # written by our own child
 
     def _check_children(self) -> None:
-        for child, role in self.children.items():
+        for child, role in list(self.children.items()):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
+                del self.children[child]  # its number may be another process's from now on
                 code = os.waitstatus_to_exitcode(status)
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
                 self.failure = self.next, DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers")

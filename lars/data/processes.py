@@ -90,7 +90,8 @@ class Pipes:
         self.open = ends
 
 
-def end(children: list[int], pipes: Pipes, shared: Shared) -> None:
+def end(children: dict[int, str], pipes: Pipes, shared: Shared) -> None:
+    """Of a loader: its processes, the pipes, the pinning."""
     for child in children:
         try:
             os.kill(child, signal.SIGKILL)  # they own nothing that could be lost

@@ -146,12 +146,14 @@ def test_without_determinism_the_step_is_the_same_up_to_rounding(processes: int,
         ("runtime.activation_checkpointing=true", 1e-4),
         ("runtime.micro_batch=96", 1e-4),
         pytest.param("runtime.compile=true", 1e-4, marks=pytest.mark.long),
-        # autocast rounds every activation to 8 bits; a whole step, all layers together, stays within a few of them
-        ("precision=bf16", 0.2),
+        # autocast rounds every activation to 8 bits. Batch norm over few samples makes more of it: over seeds 0 to 3 the step
+        # was 0.05 to 0.34 off in groups of 24, and 0.03 to 0.06 in groups of 96
+        ("precision=bf16 bn_group=96 runtime.micro_batch=96", 0.2),
     ],
 )
 def test_what_is_for_speed_takes_the_same_step_up_to_rounding(key: str, bound: float, tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    common = (*tiny, "bn_group=24", "runtime.micro_batch=48", "schedule.warmup_lr=4.0", "max_steps=1")
+    key, *groups = key.split()
+    common = (*tiny, "bn_group=24", "runtime.micro_batch=48", *groups, "schedule.warmup_lr=4.0", "max_steps=1")
     weights = []
     for name, keys in (("plain", common), ("other", (*common, key))):
         play(1, DEMO / "resnet50.yaml", *keys, f"run_dir={tmp_path / name}", log=tmp_path / "log")
