@@ -38,7 +38,7 @@ def layouts(count: int) -> list[tuple]:
     return made
 
 
-LAYOUTS = layouts(60)
+LAYOUTS = layouts(32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"N{layout[0].samples}-B{layout[2]}-g{layout[3]}")
