@@ -43,9 +43,6 @@ class Source:
         """Size and version (time of change, ETag) of a file; it is another one after any change."""
         return self._patiently(path, lambda: self._state(path))
 
-    def size(self, path: str) -> int:
-        return int(self.state(path).split()[0])
-
     def read(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file.
 
