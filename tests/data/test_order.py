@@ -88,7 +88,7 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 def test_neighbouring_lanes_use_the_row_group_that_they_share_at_the_same_time() -> None:
     """One process that keeps only what it will use soon reads every row group once, though every lane cuts two of them."""
     data = even(40_000, 100)
-    order = Order(data, 0, 1_024, 16)
+    order = Order(data, 0, 1_024, 16, window=1)  # an epoch is 39 steps, a window 7
     last_use, opened = {}, {}
     for step in range(39):
         for group in np.unique(data.group_of(order.ids(step, range(1_024)))):
