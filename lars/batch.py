@@ -81,6 +81,10 @@ class BatchPlan:
         ends = (math.ceil(e * self.samples / self.global_batch) for e in range(1, math.ceil(self.epochs)))
         return sorted({step for step in ends if step < self.steps} | {self.steps})
 
+    def ends_hundredth(self, step: int) -> bool:
+        """Whether a hundredth of the run ends with this many steps: when what is too long for every step is logged."""
+        return step * 100 // self.steps > (step - 1) * 100 // self.steps
+
     def local_passes(self, rank: int) -> range:
         """The indices of the passes that this process plays in every step."""
         return range(rank * self.passes_per_process, (rank + 1) * self.passes_per_process)

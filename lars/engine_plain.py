@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from lars.batch import BatchPlan
@@ -119,6 +119,12 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True
+
+    def trust_ratios(self) -> dict[str, float]:
+        """{parameter name: trust ratio in the last step}; all processes call it together, each may hold some layers only."""
+        applied = self.optimizer.applied_ratios()
+        named = {unwrapped_name(n): applied[p] for n, p in self.model.named_parameters() if p in applied}
+        return {name: float(f"{ratio:.4g}") for part in gather_object([named]) for name, ratio in part.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict with whole float32 weights and plain names; all processes call it together."""

@@ -65,6 +65,7 @@ class LARS(torch.optim.Optimizer):
         }
         self.layout = None  # lars.sharding.Layout, set by lars.bind where an engine keeps slices
         self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
+        self._applied: dict[Tensor, tuple[Tensor, int]] = {}  # by the model's parameter: its group's ratios, its place there
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,6 +74,7 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle: it has to be bound anew."""
         self.__dict__.setdefault("layout", None)
+        self.__dict__.setdefault("_applied", {})
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,11 +105,19 @@ class LARS(torch.optim.Optimizer):
             self.refuse_slices()
         work = [(group, *self._tensors(group)) for group in self.param_groups]
         ratios = self._ratios(work)
-        for (group, params, grads, velocities, _), some_ratios in zip(work, ratios):
+        for (group, params, grads, velocities, layers), some_ratios in zip(work, ratios):
+            if some_ratios is not None:
+                owners = params if self.layout is None else [self.layout.parameters[layer] for layer in layers]
+                self._applied.update({p: (some_ratios, place) for place, p in enumerate(owners)})
             if params:
                 update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
                 update(params, grads, velocities, some_ratios, group)
         return loss
+
+    def applied_ratios(self) -> dict[Tensor, float]:
+        """{model's parameter: the trust ratio of its last update}, of the adapted layers that this process holds a part of."""
+        lists = {id(ratios): ratios.tolist() for ratios, _ in self._applied.values()}
+        return {p: lists[id(ratios)][place] for p, (ratios, place) in self._applied.items()}
 
     def refuse_slices(self) -> None:
         """Raise ShardingError if a group's tensors are not the ones that were given."""

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,7 @@ class RunFolder:
             "weights_sha256": None,
             "samples_hash": None,
             "source_sha256": source_sha256(files),
+            "commit": commit(),
             "versions": versions(),
             **facts,
         }
@@ -181,6 +183,17 @@ def sources(config: Path) -> dict[str, str]:
 def source_sha256(files: dict[str, str]) -> str:
     """One SHA-256 over what `sources` gave."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def commit() -> str | None:
+    """The commit that is checked out where this library lies, with "+" if files of it were changed since; None without git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parents[1])]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        return head + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -81,14 +81,9 @@ class Training:
                 print(f"{recipe.name}: already finished after {before['steps']} steps, see {recipe.run_dir}/result.json", flush=True)
             return False
         self.audited, self.hash_at_audit = self.step, self.samples_hash
-        facts = {
-            "reproducibility": self.engine.reproducibility,
-            "world_size": plan.processes,
-            "engine": self.engine.name,
-            "data_fingerprint": self.fingerprint,
-            "environment": environment(self.engine.device),
-            **{key: self.evaluation.get(key) for key in ("top1", "top5")},
-        }
+        facts = {"reproducibility": self.engine.reproducibility, "world_size": plan.processes, "engine": self.engine.name}
+        facts |= {"data_fingerprint": self.fingerprint, "environment": environment(self.engine.device)}
+        facts |= {key: self.evaluation.get(key) for key in ("top1", "top5")}
         self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
@@ -221,10 +216,12 @@ class Training:
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         self.seconds, rate = self.seconds + took, self.plan.global_batch / took
-        values = {"step": self.step, "epoch": self.epoch, "loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
+        values = {"loss": loss, "lr": lr, "images": self.step * self.plan.global_batch, "images_per_second": round(rate, 1)}
         self.folder.result.update(self.position())
-        self.folder.log("train", **values, images_per_second=round(rate, 1))
-        self.track({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate})
+        self.folder.log("train", step=self.step, epoch=self.epoch, **values)
+        if self.plan.ends_hundredth(self.step) and (ratios := self.engine.trust_ratios()):
+            self.folder.log("trust", step=self.step, epoch=self.epoch, ratios=ratios)
+        self.track({f"train/{name}": value for name, value in values.items()})
         progress.step(self.step, loss, lr, rate, waited)
 
     def track(self, values: dict[str, float]) -> None:

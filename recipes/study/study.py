@@ -1,0 +1,158 @@
+"""`python recipes/study/study.py [--data DATA] [--jobs N]`: the study of grid.yaml, run by run. What `make study` calls.
+
+Stop it whenever you like: finished runs are kept, unfinished ones resume. Runs go to runs/study/.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lars.run import read_result
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/study")
+_HELD_BACK, _ROWS_PER_FILE, _ROWS_PER_GROUP = 5_000, 5_000, 100
+_locks: dict[Path, threading.Lock] = {}
+
+
+def write_data(source: str, out: Path) -> None:
+    """CIFAR-10's own bytes as train (the first 45,000 images), validation (the last 5,000) and test, columns img and label."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    done = out / "complete"
+    if done.exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = datasets.load_dataset(source)
+    test = next(split for split in loaded if split != "train")
+    count = len(loaded["train"]) - _HELD_BACK
+    parts = {"train": loaded["train"].select(range(count)), "validation": loaded["train"].select(range(count, count + _HELD_BACK)), "test": loaded[test]}
+    for name, part in parts.items():
+        part = part.rename_columns({column: new for column, new in zip(part.column_names, ("img", "label"))})
+        part = part.cast_column("img", datasets.Image(decode=False))
+        files = math.ceil(len(part) / _ROWS_PER_FILE)
+        for number in range(files):
+            rows = part.select(range(number * _ROWS_PER_FILE, min(len(part), (number + 1) * _ROWS_PER_FILE)))
+            rows = rows.cast_column("img", datasets.Image())  # the files say that they hold images
+            pq.write_table(rows.with_format("arrow")[:], out / f"{name}-{number:05d}-of-{files:05d}.parquet", row_group_size=_ROWS_PER_GROUP)
+    done.touch()
+
+
+def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -> dict[str, Any]:
+    """One run to its end, or the one that is there; its result. A run that diverges is a result, too."""
+    run = RUNS / model / label / f"seed-{seed}"
+    with _locks.setdefault(run, threading.Lock()):  # two methods may want the same rate
+        before = read_result(run)
+        if before.get("status") == "finished" or diverged(before):
+            return before
+        free = [f"run_dir={run}", f"data.path={RUNS / 'data'}", "data.workers=1", "trackers=[]", "checkpoint.keep=1", "runtime.channels_last=true"]
+        command = [sys.executable, str(HERE.parent / "train.py"), "--config", str(HERE / f"{model}.yaml"), *free, f"data.val_split={split}", f"seed={seed}"]
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "log.txt", "a") as log:
+            status = subprocess.run([*command, *overrides], stdout=log, stderr=log).returncode
+        result = read_result(run)
+    if result.get("status") != "finished" and not diverged(result):
+        raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")
+    print(f"{run}: top-1 {'diverged' if diverged(result) else format(result['top1'], '.2f')} in {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def diverged(result: dict[str, Any]) -> bool:
+    """Whether a run ended because its numbers were no longer finite."""
+    return result.get("status") == "failed" and str(result.get("error", "")).startswith("FloatingPointError")
+
+
+def score(result: dict[str, Any]) -> float:
+    """Top-1 to choose by; a run that diverged is worse than any."""
+    return -1.0 if diverged(result) else result["top1"]
+
+
+def rates(grid: dict[str, Any], method: str, batch: int, base: float) -> list[float]:
+    """The rates that are tried."""
+    if batch == grid["base_batch"]:
+        return grid["base_rates"][grid["methods"][method]["optimizer"]]
+    rule = base * (batch / grid["base_batch"]) ** grid["methods"][method]["exponent"]
+    return [multiple * rule for multiple in grid["multiples"]]
+
+
+def overrides_of(grid: dict[str, Any], method: str, batch: int, rate: float, base: float) -> list[str]:
+    """What a run changes of the model's recipe; at the base batch there is nothing to warm up to."""
+    keys = [f"global_batch={batch}", f"optimizer.lr={rate:g}", f"schedule.warmup_lr={rate if batch == grid['base_batch'] else base:g}"]
+    if grid["methods"][method]["optimizer"] == "sgd":
+        unused = ("trust_coefficient", "eps", "decay_in_norm", "adapt_1d")
+        keys += ["optimizer.name=sgd", *(f"optimizer.{key}=null" for key in unused)]
+    return keys
+
+
+def label_of(grid: dict[str, Any], method: str, batch: int, rate: float) -> str:
+    """The name of a run's folder. Two methods that come to the same rate share their runs."""
+    return f"{grid['methods'][method]['optimizer']}-b{batch}-lr{rate:g}"
+
+
+def tune(grid: dict[str, Any], model: str, method: str, batch: int, base: float) -> float:
+    """The best of the rates on the images held back."""
+    tried = {}
+    for rate in rates(grid, method, batch, base):
+        label = f"tuning/{label_of(grid, method, batch, rate)}"
+        tried[rate] = score(train(model, label, grid["tuning_seed"], "validation", overrides_of(grid, method, batch, rate, base)))
+    return max(tried, key=tried.get)
+
+
+def entry(grid: dict[str, Any], model: str, method: str, batch: int, base: float) -> None:
+    """Tune one method at one batch, then test it with new seeds."""
+    rate = tune(grid, model, method, batch, base)
+    for seed in grid["test_seeds"]:
+        train(model, label_of(grid, method, batch, rate), seed, "test", overrides_of(grid, method, batch, rate, base))
+
+
+def ablate(grid: dict[str, Any], model: str, name: str, batch: int, base: float, rate: float) -> None:
+    for seed in grid["test_seeds"]:
+        train(model, f"{label_of(grid, 'lars', batch, rate)}-{name}", seed, "test", [*overrides_of(grid, "lars", batch, rate, base), *grid["ablations"][name]])
+
+
+def study(grid: dict[str, Any], jobs: int) -> None:
+    """All parts, `jobs` runs at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+
+        def together(calls: Iterator[tuple[Callable, ...]]) -> list[Any]:
+            return [future.result() for future in [pool.submit(*call) for call in calls]]
+
+        for part in grid["parts"]:
+            model, first = part["model"], grid["base_batch"]
+            sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
+            base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
+            wanted = [(m, b) for b in part.get("batches", []) for m in grid["methods"] if b != first or m != "sgd-sqrt"]  # one SGD there
+            together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
+            if batch := part.get("ablate"):
+                rate = tune(grid, model, "lars", batch, lars)
+                together((ablate, grid, model, name, batch, lars, rate) for name in grid["ablations"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    args = parser.parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    write_data(args.data, RUNS / "data")
+    try:
+        study(yaml.safe_load((HERE / "grid.yaml").read_text()), args.jobs)
+    except KeyboardInterrupt:  # it reached the runs as well: they save and stop
+        print("stopped: start again to go on", file=sys.stderr)
+        return 75
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
