@@ -76,9 +76,9 @@ class BatchPlan:
         """epochs * N / B, not rounded: the schedule's unit of length."""
         return self.epochs * self.samples / self.global_batch
 
-    def evaluation_steps(self) -> list[int]:
-        """Evaluation e comes after step ceil(e * N / B); the last one after the last step."""
-        ends = (math.ceil(e * self.samples / self.global_batch) for e in range(1, math.ceil(self.epochs)))
+    def evaluation_steps(self, every: int = 1) -> list[int]:
+        """Evaluation e, of every `every`-th epoch, comes after step ceil(e * N / B); the last one after the last step."""
+        ends = (math.ceil(e * self.samples / self.global_batch) for e in range(every, math.ceil(self.epochs), every))
         return sorted({step for step in ends if step < self.steps} | {self.steps})
 
     def ends_hundredth(self, step: int) -> bool:

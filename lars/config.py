@@ -119,10 +119,11 @@ class Recipe:
     max_steps: int | None = None  # stop early; rates still follow the horizon of `epochs`
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     ledger: bool = False  # write the sample ids of every step
+    mllog: bool = False  # write MLPerf's log, and evaluate every 4 epochs as its rules do
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # accelerate's trackers
 
 
-FREE_KEYS = ("name", "run_dir", "data.path", "data.revision", "data.workers", "data.retry_seconds", "runtime", "max_steps", "checkpoint", "ledger", "trackers")
+FREE_KEYS = ("name", "run_dir", "data.path", "data.revision", "data.workers", "data.retry_seconds", "runtime", "max_steps", "checkpoint", "ledger", "mllog", "trackers")
 """Keys that never change the trajectory; every other key is compared when a run is resumed."""
 
 _CHOICES = {

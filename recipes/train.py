@@ -29,6 +29,7 @@ from lars.data.source import DataError
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched
+from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
 from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
@@ -85,6 +86,7 @@ class Training:
         facts |= {"data_fingerprint": self.fingerprint, "environment": environment(self.engine.device)}
         facts |= {key: self.evaluation.get(key) for key in ("top1", "top5")}
         self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
+        self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
@@ -95,7 +97,7 @@ class Training:
     def train(self) -> int:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
         recipe, plan = self.recipe, self.plan
-        evaluations = {s for s in plan.evaluation_steps() if s <= self.last_step} | {self.last_step}
+        evaluations = {s for s in plan.evaluation_steps(EVALUATE_EVERY if recipe.mllog else 1) if s <= self.last_step} | {self.last_step}
         saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps)) - {0}
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
         batches = self.batches(slots)
@@ -190,11 +192,13 @@ class Training:
     def evaluate(self, progress: Progress) -> bool:
         """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split; False if stopped."""
         self.audit()
+        started = time.perf_counter()
         result, self.lacking = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping, lambda: self.stop.asked)
         if result is None:
             return False
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
         self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
+        self.mllog.evaluation(self.step, time.perf_counter() - started, result["top1"])
         self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
         progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
         return True
