@@ -5,7 +5,7 @@ SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long parity chaos bench
+.PHONY: help setup reproduce-demo prove test test-long parity study tables chaos bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -35,6 +35,13 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
+
+study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; stop and start it as you like (DATA=, ARGS=--jobs=N)
+	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+tables: $(SETUP)  ## write the READMEs' tables and the study's figures from recipes, the plan and committed results
+	$(PYTHON) -m lars.tables
+	$(PYTHON) recipes/study/summary.py
 
 chaos: $(SETUP)  ## one run interrupted fifty times in every way, against an undisturbed one; the log is committed
 	bash -o pipefail -c '$(PYTHON) tests/chaos.py | tee tests/chaos.log'

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from conftest import ROOT
 from lars import config
 
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted(file for file in (ROOT / "recipes").glob("*/*.yaml") if file.name != "grid.yaml")  # the study's design
 TEXTS = [ROOT / "README.md", ROOT / "lars/data/README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
 
 

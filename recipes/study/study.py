@@ -1,6 +1,7 @@
 """`python recipes/study/study.py [--data DATA] [--jobs N]`: the study of grid.yaml, run by run. What `make study` calls.
 
-Stop it whenever you like: finished runs are kept, unfinished ones resume. Runs go to runs/study/.
+Stop it whenever you like: finished runs are kept, unfinished ones resume. Runs go to runs/study/; `summary.py --collect` puts them
+into the ledger.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from lars.ledger import diverged
 from lars.run import read_result
 
 HERE = Path(__file__).parent
@@ -66,11 +68,6 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
         raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")
     print(f"{run}: top-1 {'diverged' if diverged(result) else format(result['top1'], '.2f')} in {result['seconds']:.0f} s", flush=True)
     return result
-
-
-def diverged(result: dict[str, Any]) -> bool:
-    """Whether a run ended because its numbers were no longer finite."""
-    return result.get("status") == "failed" and str(result.get("error", "")).startswith("FloatingPointError")
 
 
 def score(result: dict[str, Any]) -> float:

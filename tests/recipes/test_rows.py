@@ -254,34 +254,6 @@ def test_a_step_at_the_real_batch_is_as_many_distinct_samples(batch: int, group:
     assert len(np.unique(ids)) == len(ids) == batch and ids.min() >= 0 and ids.max() < IMAGENET
 
 
-def table_rows(model: str) -> list[list[str]]:
-    text = (ROOT / "recipes" / model / "README.md").read_text()
-    lines = text[text.index("<!-- rows -->") : text.index("<!-- end of rows -->")].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| [")]
-
-
-@pytest.mark.parametrize("model", ["alexnet", "resnet50"])
-def test_the_folders_table_is_what_recipes_publications_and_results_say(model: str) -> None:
-    rows = {re.match(r"\[(.*)\]\((.*)\)", row[0]).groups(): row[1:] for row in table_rows(model)}
-    assert {f"{model}/{stem}" for stem, _ in rows} == {n for n in NAMES if n.startswith(f"{model}/")}
-    published = yaml.safe_load((ROOT / "recipes/published.yaml").read_text())
-    for (stem, file), cells in rows.items():
-        batch, epochs, group, _, top1, ours, processes, *micro = cells
-        r = recipe_of(f"{model}/{stem}")
-        assert file == f"{stem}.yaml"
-        assert (batch, epochs, group) == (f"{r.global_batch:,}", f"{r.epochs:g}", str(r.bn_group or "")), stem
-        row = published.get(r.name, {})
-        seeds = row.get("epochs", [0])
-        said = {"reach": f"{row.get('reach')} after {min(seeds)} to {max(seeds)} epochs", "top1": f"{row.get('top1')}"}
-        expected = said["reach"] if "reach" in row else said["top1"] if row else "none"
-        assert top1 == expected + (" (control)" if row.get("control") else ""), stem
-        results = [result["top1"] for result in committed_results(r.name)]
-        assert ours.startswith(f"{np.mean(results):.1f}") if results else ours == "", stem
-        assert processes == f"divide {passes_at_default(r):,}"
-        for count, size in zip((1, 8), micro, strict=True):
-            BatchPlan.of(replace(r, runtime=replace(r.runtime, micro_batch=int(size))), IMAGENET, count)
-
-
 def test_every_publication_has_a_recipe_and_a_source() -> None:
     published = yaml.safe_load((ROOT / "recipes/published.yaml").read_text())
     assert set(published) <= set(NAMES)

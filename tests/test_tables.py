@@ -1,0 +1,89 @@
+"""The pages' tables are what recipes, publications, plan and ledger say; every entry of the ledger is a whole proof."""
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from conftest import DEMO, ROOT
+from lars.config import RecipeError
+from lars.ledger import complaint, entries, keep
+from lars.tables import DEVICES, Prediction, folder_table, mean_and_spread, predict, recipes_of, replace_marked, results_table
+
+LEDGER = entries(ROOT / "recipes")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def as_written(model: str) -> dict[str, list[Prediction]]:
+    """The predictions that stand in a folder's table."""
+    text = Path("recipes", model, "README.md").read_text()
+    rows = re.findall(r"^\| \[(.+?)\]\(.*\| (\d+), ([\d.]+) h \| (\d+), ([\d.]+) h \|$", text, re.M)
+    return {f"{model}/{stem}": [Prediction(int(m), float(h)) for m, h in ((m1, h1), (m8, h8))] for stem, m1, h1, m8, h8 in rows}
+
+
+@pytest.mark.parametrize("model", ["alexnet", "resnet50"])
+def test_a_folders_table_is_what_make_tables_would_write(model: str) -> None:
+    page, written = Path("recipes", model, "README.md").read_text(), as_written(model)
+    assert set(written) == {r.name for r in recipes_of(Path("recipes", model))}
+    assert replace_marked(page, "rows", folder_table(Path("recipes", model), written)) == page
+
+
+@pytest.mark.parametrize("name", ["alexnet/lars-b32k-100ep", "resnet50/mlperf-b1632"])
+def test_predictions_are_the_plans(name: str) -> None:
+    model = name.split("/")[0]
+    recipe = next(r for r in recipes_of(Path("recipes", model)) if r.name == name)
+    for said, planned in zip(as_written(model)[name], predict(recipe), strict=True):
+        assert said.micro_batch == planned.micro_batch and said.hours == pytest.approx(planned.hours, abs=0.051)
+    assert len(DEVICES) == 2
+
+
+def test_the_readmes_results_are_what_make_tables_would_write() -> None:
+    page = Path("README.md").read_text()
+    assert replace_marked(page, "results", results_table()) == page
+    seeds = [json.loads(file.read_text())["top1"] for file in Path("recipes/demo/results/alexnet").glob("seed-*/result.json")]
+    row = next(line for line in page.splitlines() if line.startswith("| [demo/alexnet]"))
+    assert f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | {len(seeds)} |" in row
+    assert all(line.endswith("|  |  |  |") for line in page.splitlines() if line.startswith("| [resnet50/"))  # not run yet
+
+
+def test_a_page_without_the_place_for_a_table_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        replace_marked("no such place", "results", "")
+
+
+def test_spread_needs_two_seeds() -> None:
+    assert (mean_and_spread([]), mean_and_spread([1.0]), mean_and_spread([1.0, 2.0])) == ("", "1.0", "1.5 ± 0.7")
+
+
+@pytest.mark.parametrize("entry", LEDGER, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+def test_an_entry_of_the_ledger_is_a_whole_proof(entry: Path) -> None:
+    assert complaint(entry) is None
+    written = (entry / "config.yaml").read_text()
+    assert "run_dir:" not in written and "\n  path:" not in written
+
+
+def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:
+    run = tmp_path / "seed-0"
+    keep(DEMO / "results/alexnet/seed-0", run)
+    assert complaint(run) is None and {f.name for f in run.iterdir()} == {"config.yaml", "metrics.jsonl", "result.json"}
+    result = json.loads((run / "result.json").read_text())
+    metrics = (run / "metrics.jsonl").read_text()
+    for file, text, words in (
+        ("result.json", json.dumps({**result, "status": "preempted"}), "preempted, not finished"),
+        ("result.json", json.dumps({**result, "top1": result["top1"] + 1}), "last evaluation"),
+        ("result.json", json.dumps({**result, "steps": result["steps"] + 1}), "of its"),
+        ("metrics.jsonl", metrics.replace('"step": 7,', '"step": 8,'), "steps"),
+    ):
+        before = (run / file).read_text()
+        (run / file).write_text(text)
+        with pytest.raises(RecipeError, match=words):
+            keep(run, tmp_path / "entry")
+        (run / file).write_text(before)
+    assert not (tmp_path / "entry").exists()
