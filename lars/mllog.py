@@ -70,7 +70,7 @@ class MLLog:
         handler = logging.FileHandler(self.file, mode="a" if begun else "w")
         logger = logging.Logger(str(self.file), logging.INFO)  # of its own: nothing else is to write into the file
         logger.addHandler(handler)
-        self.keys, self.logger = constants, MLLogger(logger, root_dir=str(Path(__file__).parents[1]) + "/")
+        self.keys, self.logger = constants, MLLogger(logger, root_dir=str(Path(__file__).parents[1]))
         self.running = "run_stop" not in begun if begun else True
         if begun:
             return

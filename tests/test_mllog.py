@@ -56,6 +56,7 @@ def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, 
     assert log[: len(first)] == first  # its clock has gone on
     assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [4, 6, 8, 9]
     assert [e["key"] for e in log].count("run_start") == 1
+    assert {e["metadata"]["file"] for e in log} == {"lars/mllog.py"}  # no path of one machine
     assert log[-1]["key"] == "run_stop" and log[-1]["metadata"]["status"] == "aborted"  # 1,009 images do not reach 75.9 %
     assert sorted(e["time_ms"] for e in log) == [e["time_ms"] for e in log]
     good, output = check(run / "mllog.txt")

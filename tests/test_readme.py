@@ -69,15 +69,15 @@ def test_a_recipes_header_names_its_own_file_and_its_keys_are_the_trajectory(rec
     assert order == ["model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision"]
 
 
-def test_figures_in_the_readme_come_from_committed_results() -> None:
-    from lars.report import committed_results
-
-    text = (ROOT / "README.md").read_text()
-    for name in ("demo/alexnet", "demo/resnet50"):
-        top1 = [r["top1"] for r in committed_results(name)]
-        mean, spread = sum(top1) / len(top1), (max(top1) - min(top1))
-        row = next(line for line in text.splitlines() if line.startswith(f"| [{name}]"))
-        assert f"{mean:.1f}" in row and spread < 10, row
+def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file() -> None:
+    command = next(c for file, c in all_commands() if file == "README.md" and c.startswith("python -m lars.plan"))
+    assert "h100-8" in command
+    said = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert re.search(r"on 8 H100: about [\d.]+ (min|h)\n", said)
+    assert re.search(r"memory +[\d.]+ GB of state \+ [\d.]+ GB of activations of 80 GB a device", said)
+    start = next(line for line in said.splitlines() if line.strip().startswith("start"))
+    named = re.search(r"--config_file (\S+) --num_processes 8 recipes/train.py --config (\S+)", start)
+    assert (ROOT / named[1]).is_file() and (ROOT / named[2]).is_file()
 
 
 def test_the_tables_of_ways_to_sum_and_of_what_they_cost_are_the_committed_measurement() -> None:

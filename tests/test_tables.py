@@ -35,7 +35,11 @@ def test_a_folders_table_is_what_make_tables_would_write(model: str) -> None:
     assert replace_marked(page, "rows", folder_table(Path("recipes", model), written)) == page
 
 
-@pytest.mark.parametrize("name", ["alexnet/lars-b32k-100ep", "resnet50/mlperf-b1632"])
+EVERY = [r.name for model in ("alexnet", "resnet50") for r in recipes_of(ROOT / "recipes" / model)]
+QUICK = ("alexnet/sgd-b256-100ep", "resnet50/mlperf-b1632")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in EVERY])
 def test_predictions_are_the_plans(name: str) -> None:
     model = name.split("/")[0]
     recipe = next(r for r in recipes_of(Path("recipes", model)) if r.name == name)

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -232,15 +233,15 @@ def plot(drifts: dict[str, list[float]], file: Path) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The README's table, in Markdown."""
-    lines = [
-        "| engine | optimizer | processes | early | middle | late | collectives | verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        exact = ["NaN" if row["difference"][point] is None else f"{row['difference'][point]:.2g}" for point in POINTS]
-        count = f"{row['collectives']:g}" if "collectives" in row else ""
-        lines.append(f"| {row['engine']} | {row['optimizer']} | {row['processes']} | {' | '.join(exact)} | {count} | {row['verdict']} |")
+    """The README's table, in Markdown: a line for each engine and optimizer, in its cells the process counts in turn."""
+    lines = ["| engine | optimizer | processes | early | middle | late | collectives | verdict |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (engine, optimizer), some in groupby(rows, key=lambda row: (row["engine"], row["optimizer"])):
+        some = list(some)
+        differences = [[row["difference"][point] for row in some] for point in POINTS]
+        exact = [", ".join("NaN" if d is None else f"{d:.1e}".replace("e-0", "e-") if 0 < d < 1 else f"{d:.2g}" for d in point) for point in differences]
+        said = {key: dict.fromkeys(f"{row[key]:g}" if key == "collectives" else str(row[key]) for row in some if key in row) for key in ("processes", "collectives", "verdict")}
+        cells = [engine, optimizer, ", ".join(said["processes"]), *exact, ", ".join(said["collectives"]), ", ".join(said["verdict"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
