@@ -264,3 +264,18 @@ def test_the_path_of_a_cpu_allocates_nothing_of_the_model_s_size() -> None:
         with torch.profiler.profile(profile_memory=True) as profile:
             rule.step()
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 1 << 16
+
+
+def test_the_ratios_told_are_those_of_the_last_step() -> None:
+    model = network()
+    optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-2, trust_coefficient=0.02)
+    assert optimizer.applied_ratios() == {}
+    for step in range(2):
+        gradients(model, step)
+        before = [p.detach().double() for p in model.parameters() if p.ndim > 1]
+        optimizer.step()
+    told = optimizer.applied_ratios()
+    adapted = [p for p in model.parameters() if p.ndim > 1]
+    assert set(told) == set(adapted)
+    for p, w in zip(adapted, before):
+        assert told[p] == pytest.approx(0.02 * w.norm().item() / (p.grad.double().norm().item() + 1e-2 * w.norm().item()), rel=1e-5)

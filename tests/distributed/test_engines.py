@@ -56,6 +56,8 @@ def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: i
     result = read_result(run)
     assert (result["engine"], result["reproducibility"], result["world_size"]) == (engine if processes > 1 or engine != "ddp" else "plain", "numeric", processes)
     assert result["weights_sha256"] == weights_sha256(load_file(run / "checkpoints/step-00000003/model.safetensors"))
+    ratios, control_ratios = (next(x for x in read_lines(r / "metrics.jsonl", "trust") if x["step"] == 3)["ratios"] for r in (run, control))
+    assert ratios == pytest.approx(control_ratios, rel=1e-3) and len(ratios) > 10  # four digits are logged; all layers, whoever holds them
     assert read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199  # 25 chunks: not the same number on each process
 
 
