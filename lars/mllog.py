@@ -147,7 +147,8 @@ def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
 def seconds_to_target(run: Path) -> float | None:
     """From `run_start` to the evaluation that reached the target; None if the run has no log of MLPerf's, or did not reach it."""
     file = run / "mllog.txt"
-    events = [json.loads(line.removeprefix(_TOKEN)) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    events = [json.loads(line.removeprefix(_TOKEN)) for line in lines if line.endswith("\n")]  # a crash may have cut the last
     times = {event["key"]: event["time_ms"] for event in events}
     reached = any(event["key"] == "run_stop" and event["metadata"]["status"] == "success" for event in events)
     return (times["run_stop"] - times["run_start"]) / 1000 if reached else None

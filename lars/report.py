@@ -1,9 +1,12 @@
 """`python -m lars.report RUN... [--picture FILE]`: a table of runs against what their recipes are expected to reach.
 
+It also draws their curves, and writes `report.html` beside the picture (`lars.page`): one file to hand on, with verdicts,
+spread over seeds, curves, differences of the recipes, trust ratios, environment and hashes.
+
 The expectation is computed from the committed runs of the same recipe (`recipes/<model>/results/<what>/seed-*`, at
 least three): the interval in which one more seed falls with 99 % probability if top-1 is normally distributed over
 seeds. Without them it is what others published (`recipes/published.yaml`). Exit status 1 if a run is not finished or
-does not meet it.
+does not meet it, 2 if a file of a run is damaged.
 """
 from __future__ import annotations
 
@@ -17,8 +20,12 @@ from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from lars.config import RecipeError
+from lars.groups import grouped
+from lars.page import curves, write_page
 from lars.run import read_lines, read_result
 
 _T_995 = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499, 9: 3.355, 10: 3.250}  # Student's t, n - 1 degrees
@@ -77,71 +84,82 @@ def expectation(recipe_name: str) -> Expectation | None:
     return Expectation(f"{row['top1'] - TOLERANCE:.4g} or more", row["source"], low=row["top1"] - TOLERANCE)
 
 
+class Verdict(NamedTuple):
+    """A run's row of the table, {column: text}. `source`: who published the expectation, if it is not from our own seeds."""
+
+    row: dict[str, str]
+    good: bool
+    source: str
+
+
+def judge(run: Path) -> Verdict:
+    """Compare a run with what its recipe is expected to reach. It is good if it is finished and meets that, or nothing is expected.
+
+    Raises:
+        RecipeError: a file of the run is damaged.
+    """
+    result = read_result(run)
+    name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status", "not started")
+    expected = expectation(name)
+    evaluations = read_lines(run / "metrics.jsonl", "eval") if (run / "metrics.jsonl").is_file() else []
+    met = status == "finished" and (expected is None or expected.met_by(top1, evaluations))
+    row = {
+        "recipe": name,
+        "engine": result.get("engine", ""),
+        "processes": str(result.get("world_size", "")),
+        "top-1 %": f"{top1:.2f}" if top1 is not None else "",
+        "expected": expected.text if expected else "",
+        "seconds": f"{result.get('seconds', 0):.0f}",
+        "verdict": f"FAIL ({status})" if status != "finished" else "" if expected is None else "PASS" if met else "FAIL",
+    }
+    return Verdict(row, met, expected.source if expected else "")
+
+
 def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
-    """Print the table, draw the curves; True if every run with an expectation meets it."""
-    table = Table("recipe", "engine", "processes", "top-1 %", "expected", "seconds", "verdict")
-    good, sources = True, {}
-    for run in runs:
-        result = read_result(run)
-        name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status", "not started")
-        expected = expectation(name)
-        evaluations = read_lines(run / "metrics.jsonl", "eval") if (run / "metrics.jsonl").is_file() else []
-        met = status == "finished" and (expected is None or expected.met_by(top1, evaluations))
-        good &= met
-        if expected and expected.source:
-            sources[name] = expected.source
-        table.add_row(
-            name,
-            result.get("engine", ""),
-            str(result.get("world_size", "")),
-            f"{top1:.2f}" if top1 is not None else "",
-            expected.text if expected else "",
-            f"{result.get('seconds', 0):.0f}",
-            f"FAIL ({status})" if status != "finished" else "" if expected is None else "PASS" if met else "FAIL",
-        )
+    """Print the table, draw the curves, write the page beside them; True if every run with an expectation meets it.
+
+    Raises:
+        RecipeError: a file of a run is damaged.
+    """
+    verdicts = [judge(run) for run in runs]
+    table = Table(*verdicts[0].row)
+    for verdict in verdicts:
+        table.add_row(*(escape(text) for text in verdict.row.values()))
     console.print(table)
-    for name, source in sources.items():
-        console.print(f"{name}: expected by what {source} published (recipes/published.yaml)", soft_wrap=True, highlight=False)
+    sources = {v.row["recipe"]: v.source for v in verdicts if v.source}
+    notes = [f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in sources.items()]
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
     if picture:
-        draw([run for run in runs if (run / "metrics.jsonl").is_file()], picture)
-        console.print(f"curves: {picture}", soft_wrap=True)
-    return good
+        draw(runs, picture)
+        console.print(f"curves: {picture}", soft_wrap=True, markup=False)
+        page = write_page(runs, [v.row for v in verdicts], notes, picture)
+        console.print(f"page: {page}", soft_wrap=True, markup=False)
+    return all(verdict.good for verdict in verdicts)
 
 
 def draw(runs: list[Path], picture: Path) -> None:
-    """Loss, rate and accuracy over epochs, one line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for run in runs:
-        label = read_result(run).get("recipe") or run.name
-        train, evals = read_lines(run / "metrics.jsonl", "train"), read_lines(run / "metrics.jsonl", "eval")
-        axes[0].plot([x["epoch"] for x in train], [x["loss"] for x in train], label=label)
-        axes[1].plot([x["epoch"] for x in train], [x["lr"] for x in train], label=label)
-        axes[2].plot([x["epoch"] for x in evals], [x["top1"] for x in evals], marker=".", label=label)
-    for axis, title in zip(axes, ("training loss", "learning rate", "top-1, per cent of the validation split")):
-        axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-    if runs:
-        axes[2].legend()
+    """A PNG of loss, rate and accuracy over epochs, one line a run; runs that differ in nothing but the seed share a colour."""
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
+    picture.write_bytes(curves(grouped(runs), stacked=False))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--picture", type=Path, help="where to draw the curves (default: beside the runs)")
+    parser.add_argument("--picture", type=Path, help="where to draw the curves, a .png (default: beside the runs)")
     args = parser.parse_args()
-    shared = Path(os.path.commonpath(args.runs))
-    picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
     console = Console(width=None if sys.stdout.isatty() else 120)
-    return 0 if report(args.runs, picture, console) else 1
+    try:
+        if args.picture and args.picture.suffix != ".png":
+            raise RecipeError(f"--picture {args.picture} must end in .png")
+        mixed = len({run.is_absolute() for run in args.runs}) > 1
+        shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
+        picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
+        return 0 if report(args.runs, picture, console) else 1
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ def main() -> int:
         file = launch_file(args.launch)
         processes = processes_of(file, args.nproc)
         ended = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
+        runs = [run for run, _ in ended]
+        shared = Path(os.path.commonpath([run.parent for run in runs]))
+        good = report(runs, shared / "curves.png", console)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runs = [run for run, _ in ended]
-    shared = Path(os.path.commonpath([run.parent for run in runs]))
-    good = report(runs, shared / "curves.png", console)
     for run, well in ended:
         if not well:
             say(f"FAIL: the launcher of {run} ended with an error, see above")

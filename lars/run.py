@@ -108,14 +108,27 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "result.json"
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except json.JSONDecodeError as error:
+        result = json.loads(file.read_text()) if file.is_file() else {}
+        if not isinstance(result, dict):
+            raise ValueError("no JSON object")
+        return result
+    except ValueError as error:  # not JSON, or not even text
         raise RecipeError(f"{file} is damaged ({error}): remove it, the run resumes from its checkpoint") from None
 
 
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The JSON lines of a file, of one kind if asked."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """The JSON lines of a file, of one kind if asked. A last line that is still being written, or that a crash cut, is left out.
+
+    Raises:
+        RecipeError: another line is damaged.
+    """
+    lines, texts = [], path.read_bytes().splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise RecipeError(f"{path}, line {number} is damaged ({error}): remove it") from None
     return [line for line in lines if kind is None or line["kind"] == kind]
 
 
