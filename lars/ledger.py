@@ -36,7 +36,8 @@ def complaint(run: Path) -> str | None:
     if steps != list(range(1, result["steps"] + 1)):
         return f"metrics.jsonl has {len(steps)} of its {result['steps']} steps"
     evaluations = read_lines(run / "metrics.jsonl", "eval")
-    if not diverged(result) and (not evaluations or (evaluations[-1]["step"], evaluations[-1]["top1"]) != (result["steps"], result["top1"])):
+    last = (evaluations[-1]["step"], evaluations[-1]["top1"]) if evaluations else None
+    if last != (result["steps"], result["top1"]) and not diverged(result):
         return "the last evaluation in metrics.jsonl is not its result"
     if lacking := [key for key in ("versions", "environment", "data_fingerprint", "source_sha256") if not result.get(key)]:
         return f"result.json lacks {', '.join(lacking)}"

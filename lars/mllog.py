@@ -33,20 +33,20 @@ _TOKEN = ":::MLLOG "
 
 def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
     """What of MLPerf's closed division (ResNet-50, rules of training v4.0) a recipe breaks, one clause each; empty if nothing."""
-    optimizer, schedule, found = recipe.optimizer, recipe.schedule, []
+    augment, optimizer, schedule, found = recipe.augment, recipe.optimizer, recipe.schedule, []
     halvings = math.log2(optimizer.weight_decay / 1e-4) if optimizer.weight_decay else math.nan
     for kept, clause in (
-        ((samples, val_samples) == _IMAGENET, f"the data are ImageNet's {_IMAGENET[0]:,} + {_IMAGENET[1]:,} images, not {samples:,} + {val_samples:,}"),
+        ((samples, val_samples) == _IMAGENET, f"the data are ImageNet's 1,281,167 + 50,000 images, not {samples:,} + {val_samples:,}"),
         (recipe.model.name in ("resnet50", "resnet50_mlperf"), f"the model is ResNet-50, not {recipe.model.name}"),
         (recipe.model.image_size == 224, f"images have 224 pixels, not {recipe.model.image_size}"),
-        (recipe.augment.label_smoothing == 0.1, f"label smoothing is 0.1, not {recipe.augment.label_smoothing:g}"),
-        (not (recipe.augment.randaugment or recipe.augment.erase or recipe.augment.mixup or recipe.augment.cutmix), "images are cropped and flipped, nothing else"),
+        (augment.label_smoothing == 0.1, f"label smoothing is 0.1, not {augment.label_smoothing:g}"),
+        (not any((augment.randaugment, augment.erase, augment.mixup, augment.cutmix)), "images are cropped and flipped, nothing else"),
         (halvings.is_integer(), f"weight decay is 1e-4 times a power of two, not {optimizer.weight_decay:g}"),
         (schedule.end_lr == 1e-4, f"the last rate is 1e-4, not {schedule.end_lr:g}"),
         (schedule.power == 2 or optimizer.name == "sgd", f"the rate decays with power 2, not {schedule.power:g}"),
         (schedule.warmup_power == 1, f"warm-up is linear, not of power {schedule.warmup_power:g}"),
         (optimizer.name == "sgd" or optimizer.eps == 0, f"LARS has epsilon 0, not {optimizer.eps}"),
-        (optimizer.name == "sgd" or optimizer.trust_coefficient == 0.001, f"LARS has the coefficient 0.001, not {optimizer.trust_coefficient}"),
+        (optimizer.name == "sgd" or optimizer.trust_coefficient == 1e-3, f"LARS has eta 0.001, not {optimizer.trust_coefficient}"),
         (not optimizer.adapt_1d, "biases and norm scales are left out of LARS"),
         (optimizer.decay_in_norm is not False, "the trust ratio has weight decay in its denominator"),
     ):
@@ -90,8 +90,9 @@ class MLLog:
             return
         keys, epoch = self.keys, round(step * self.plan.global_batch / self.plan.samples)
         data, ended = {"epoch_num": epoch, "step": step}, int(time.time() * 1000)
-        self._block(keys.BLOCK_STOP, first=(epoch - 1) // EVALUATE_EVERY * EVALUATE_EVERY + 1, step=step, time_ms=ended - int(seconds * 1000))
-        self.logger.start(keys.EVAL_START, metadata=data, time_ms=ended - int(seconds * 1000))
+        began = ended - int(seconds * 1000)
+        self._block(keys.BLOCK_STOP, first=(epoch - 1) // EVALUATE_EVERY * EVALUATE_EVERY + 1, step=step, time_ms=began)
+        self.logger.start(keys.EVAL_START, metadata=data, time_ms=began)
         self.logger.event(keys.EVAL_ACCURACY, top1 / 100, metadata=data, time_ms=ended)
         self.logger.end(keys.EVAL_STOP, metadata=data, time_ms=ended)
         last = step == self.plan.steps

@@ -81,7 +81,7 @@ def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file() -> Non
 
 
 def test_the_tables_of_ways_to_sum_and_of_what_they_cost_are_the_committed_measurement() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "lars/README.md").read_text()
     ways = json.loads((ROOT / "tests/benchmarks/reduction.json").read_text())["ways"]
     for label, name in (("float `all_reduce`", "float"), ("integer sum (kept)", "integer"), ("fixed tree", "tree")):
         row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))

@@ -58,11 +58,12 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
         before = read_result(run)
         if before.get("status") == "finished" or diverged(before):
             return before
-        free = [f"run_dir={run}", f"data.path={RUNS / 'data'}", "data.workers=1", "trackers=[]", "checkpoint.keep=1", "runtime.channels_last=true"]
-        command = [sys.executable, str(HERE.parent / "train.py"), "--config", str(HERE / f"{model}.yaml"), *free, f"data.val_split={split}", f"seed={seed}"]
+        free = [f"run_dir={run}", f"data.path={RUNS / 'data'}", "data.workers=1", "trackers=[]", "checkpoint.keep=1"]
+        keys = ["runtime.channels_last=true", f"data.val_split={split}", f"seed={seed}", *overrides]
+        command = [sys.executable, str(HERE.parent / "train.py"), "--config", str(HERE / f"{model}.yaml"), *free, *keys]
         run.mkdir(parents=True, exist_ok=True)
         with open(run / "log.txt", "a") as log:
-            status = subprocess.run([*command, *overrides], stdout=log, stderr=log).returncode
+            status = subprocess.run(command, stdout=log, stderr=log).returncode
         result = read_result(run)
     if result.get("status") != "finished" and not diverged(result):
         raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from study import label_of, rates, score  # noqa: E402
+from study import RUNS, label_of, rates, score  # noqa: E402
 
 from lars.ledger import diverged, entries, keep  # noqa: E402
 from lars.run import read_lines, read_result  # noqa: E402
@@ -171,27 +172,29 @@ def draw(study: Study, picture: Path) -> None:
     pyplot.close(figure)
 
 
-def page(grid: dict[str, Any]) -> str:
-    """The README as it has to read."""
+def pages(grid: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """The study's page and the repository's, as they have to read."""
     text = README.read_text()
     for model in NETS:
         study = Study(grid, model)
         text = replace_marked(text, f"accuracy-{model}", accuracy_table(study))
         text = replace_marked(text, f"tuning-{model}", tuning_table(study))
     batch = next(part["ablate"] for part in grid["parts"] if "ablate" in part)
-    return replace_marked(text, "ablations", ablation_table(Study(grid, "resnet"), batch))
+    yield README, replace_marked(text, "ablations", ablation_table(Study(grid, "resnet"), batch))
+    front = HERE.parents[1] / "README.md"
+    yield front, replace_marked(front.read_text(), "study", accuracy_table(Study(grid, "resnet")))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", action="store_true", help="put finished runs of runs/study/ into the ledger first")
-    runs = Path("runs/study")
     if parser.parse_args().collect:
-        for run in entries(runs):
+        for run in entries(RUNS):
             if read_result(run).get("status") == "finished" or diverged(read_result(run)):
-                keep(run, RESULTS / run.relative_to(runs))
+                keep(run, RESULTS / run.relative_to(RUNS))
     grid = yaml.safe_load((HERE / "grid.yaml").read_text())
-    README.write_text(page(grid))
+    for file, text in pages(grid):
+        file.write_text(text)
     for model in NETS:
         if entries(RESULTS / model):
             draw(Study(grid, model), RESULTS / f"{model}.png")
