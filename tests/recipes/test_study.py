@@ -1,0 +1,101 @@
+"""The study: its rules against numbers worked out by hand, its data, and its pages against the committed runs."""
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from conftest import DEMO, ROOT
+from lars import config
+
+sys.path.insert(0, str(ROOT / "recipes/study"))
+import study  # noqa: E402
+import summary  # noqa: E402
+
+GRID = yaml.safe_load((ROOT / "recipes/study/grid.yaml").read_text())
+RESULTS = ROOT / "recipes/study/results"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_rates_follow_the_rules() -> None:
+    assert study.rates(GRID, "sgd-linear", 256, 0.0) == [0.05, 0.1, 0.2, 0.4]
+    assert study.rates(GRID, "sgd-linear", 4096, 0.4) == pytest.approx([0.8, 1.6, 3.2, 6.4])  # 0.4 x 16, a half, a quarter, an eighth
+    assert study.rates(GRID, "sgd-sqrt", 16384, 0.4) == pytest.approx([0.4, 0.8, 1.6, 3.2])  # 0.4 x 8
+    assert study.rates(GRID, "lars", 1024, 10.0) == pytest.approx([2.5, 5.0, 10.0, 20.0])
+    assert study.label_of(GRID, "sgd-linear", 4096, 1.6) == study.label_of(GRID, "sgd-sqrt", 4096, 1.6)  # one run serves both
+
+
+def test_all_methods_have_the_same_budget() -> None:
+    for batch in (1024, 4096, 16384):
+        assert len({len(study.rates(GRID, method, batch, 1.0)) for method in GRID["methods"]}) == 1
+    assert len(GRID["base_rates"]["sgd"]) == len(GRID["base_rates"]["lars"])
+    assert GRID["tuning_seed"] not in GRID["test_seeds"] and len(set(GRID["test_seeds"])) >= 3
+
+
+@pytest.mark.parametrize("model", ["resnet", "alexnet"])
+def test_runs_differ_from_the_recipe_in_batch_rate_and_optimizer_only(model: str) -> None:
+    file = ROOT / "recipes/study" / f"{model}.yaml"
+    usual = config.trajectory(config.load(file, []))
+    for method in GRID["methods"]:
+        changed = config.trajectory(config.load(file, study.overrides_of(GRID, method, 16384, 0.5, 0.1)))
+        keys = {key for key in usual if usual[key] != changed[key]}
+        sgd = {f"optimizer.{key}" for key in ("name", "trust_coefficient", "eps", "decay_in_norm", "adapt_1d")}
+        assert keys == {"global_batch", "optimizer.lr", "schedule.warmup_lr"} | (sgd if method != "lars" else set())
+    for overrides in GRID["ablations"].values():
+        if model == "resnet":
+            changed = config.trajectory(config.load(file, overrides))
+            assert len([key for key in usual if usual[key] != changed[key]]) == 1
+
+
+def test_the_held_back_images_are_the_last_ones_and_bytes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name, rows in (("train-00000-of-00001", 60), ("validation-00000-of-00001", 20)):
+        file = next((DEMO / "data").glob(f"{name.split('-')[0]}-00000-*.parquet"))
+        pq.write_table(pq.read_table(file).slice(0, rows), source / f"{name}.parquet")
+    monkeypatch.setattr(study, "_HELD_BACK", 10)
+    study.write_data(str(source), out)
+
+    def bytes_of(folder: Path, split: str, column: str) -> list[bytes]:
+        return [r["bytes"] for file in sorted(folder.glob(f"{split}-*.parquet")) for r in pq.read_table(file)[column].to_pylist()]
+
+    whole = bytes_of(source, "train", "image")
+    assert bytes_of(out, "train", "img") == whole[:50] and bytes_of(out, "validation", "img") == whole[50:]
+    assert bytes_of(out, "test", "img") == bytes_of(source, "validation", "image")
+
+
+def test_the_pages_are_what_make_tables_would_write() -> None:
+    for file, text in summary.pages(GRID):
+        assert file.read_text() == text, f"{file}: run make tables"
+
+
+def test_figures_on_the_page_are_the_committed_runs() -> None:
+    """A row, computed without the study's code: the only LARS rate with test runs at a batch is the chosen one."""
+    text = (ROOT / "recipes/study/README.md").read_text()
+    for batch in (256, 4096, 16384):
+        (runs,) = (f for f in (RESULTS / "resnet").glob(f"lars-b{batch}-lr*") if re.fullmatch(r"lars-b\d+-lr[\d.]+", f.name))
+        top1 = [json.loads(file.read_text())["top1"] for file in runs.glob("seed-*/result.json")]
+        assert len(top1) == 3
+        assert f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({runs.name.split('lr')[-1]})" in text
+
+
+def test_a_run_is_what_its_folder_says() -> None:
+    runs = sorted(RESULTS.rglob("config.yaml"))
+    assert len(runs) >= 40
+    for file in runs:
+        written = OmegaConf.load(file)
+        optimizer, batch, rate = re.match(r"(sgd|lars)-b(\d+)-lr([\d.]+)", file.parents[1].name).groups()
+        assert (written.optimizer.name, written.global_batch, written.seed) == (optimizer, int(batch), int(file.parent.name.removeprefix("seed-")))
+        assert written.optimizer.lr == pytest.approx(float(rate))
+        assert written.data.val_split == ("validation" if "tuning" in file.parts else "test")  # test images never chose a rate
