@@ -130,7 +130,7 @@ def study(grid: dict[str, Any], jobs: int) -> None:
             model, first = part["model"], grid["base_batch"]
             sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
             base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
-            wanted = [(m, b) for b in part.get("batches", []) for m in grid["methods"] if b != first or m != "sgd-sqrt"]  # one SGD there
+            wanted = [(m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"]  # one SGD there
             together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
             if batch := part.get("ablate"):
                 rate = tune(grid, model, "lars", batch, lars)

@@ -24,7 +24,7 @@ from lars.run import read_lines, read_result  # noqa: E402
 from lars.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
 
 RESULTS, README = HERE / "results", HERE / "README.md"
-TITLES = {"sgd-linear": "SGD, linear scaling", "sgd-sqrt": "SGD, square-root scaling", "lars": "LARS"}
+TITLES = {"sgd-linear": "SGD, linear scaling", "sgd-sqrt": "SGD, square-root scaling", "lars": "LARS"}  # in the tables' order
 COLOURS = {"sgd-linear": "#d55e00", "sgd-sqrt": "#e69f00", "lars": "#0072b2"}  # told apart by the colour-blind, too
 NETS = {"resnet": "ResNet", "alexnet": "AlexNet"}
 
@@ -75,7 +75,7 @@ def accuracy_table(study: Study) -> str:
     """Top-1 of every method at every batch, and LARS less the better SGD."""
     rows = []
     for batch in study.batches:
-        found = {method: study.top1(method, batch) for method in study.grid["methods"]}
+        found = {method: study.top1(method, batch) for method in TITLES}
         sgd = [found[m] for m in ("sgd-linear", "sgd-sqrt") if found[m]]
         cells = [f"{batch:,}"]
         for method, top1 in found.items():
@@ -87,7 +87,7 @@ def accuracy_table(study: Study) -> str:
             p = stats.ttest_ind(found["lars"], best, equal_var=False).pvalue
             gap = f"{statistics.mean(found['lars']) - statistics.mean(best):+.2f} (p = {p:.2g})"
         rows.append([*cells, gap])
-    head = ["batch", *(f"{TITLES[m]}: top-1 % (rate)" for m in study.grid["methods"]), "LARS less the better SGD"]
+    head = ["batch", *(f"{title}: top-1 % (rate)" for title in TITLES.values()), "LARS less the better SGD"]
     return markdown(head, rows)
 
 
@@ -96,13 +96,13 @@ def tuning_table(study: Study) -> str:
     rows = []
     for batch in study.batches:
         cells = [f"{batch:,}"]
-        for method in study.grid["methods"]:
+        for method in TITLES:
             tuned = study.tuned(method, batch) or {}
             best = max(tuned, key=tuned.get, default=None)
             said = {r: "diverged" if top1 < 0 else f"{top1:.2f}" for r, top1 in tuned.items()}
             cells.append(", ".join(f"**{r:g}: {text}**" if r == best else f"{r:g}: {text}" for r, text in said.items()))
         rows.append(cells)
-    return markdown(["batch", *(TITLES[m] for m in study.grid["methods"])], rows)
+    return markdown(["batch", *TITLES.values()], rows)
 
 
 def ablation_table(study: Study, batch: int) -> str:
