@@ -120,53 +120,48 @@ def ablation_table(study: Study, batch: int) -> str:
 
 
 def draw(study: Study, picture: Path) -> None:
-    """As the paper draws them: accuracy and time against batch, loss against epoch, trust ratios over time."""
+    """As the paper draws them: accuracy against batch, loss against epoch, trust ratios over time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import colormaps, pyplot
 
-    figure, ((accuracy, time), (loss, trust)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    largest = max((b for b in study.batches if study.runs("lars", b)), default=None)
+    figure, ((accuracy, trust), losses) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    first = study.grid["base_batch"]
     for method, title in TITLES.items():
-        done = [b for b in study.batches if study.runs(method, b)]
-        if method == "sgd-sqrt" and study.runs("sgd-linear", study.grid["base_batch"]):
-            done = [study.grid["base_batch"], *(b for b in done if b != study.grid["base_batch"])]
-        of = {b: "sgd-linear" if b == study.grid["base_batch"] and method == "sgd-sqrt" else method for b in done}
-        tops = [study.top1(of[b], b) for b in done]
+        # scaling rules meet at the base batch: one SGD there
+        tops = {b: study.top1("sgd-linear" if (method, b) == ("sgd-sqrt", first) else method, b) for b in study.batches}
+        tops = {b: top1 for b, top1 in tops.items() if top1}
         style = {"color": COLOURS[method], "marker": "o", "label": title, "linestyle": ":" if method == "sgd-sqrt" else "-"}
-        accuracy.errorbar(done, [statistics.mean(t) for t in tops], [statistics.stdev(t) for t in tops], capsize=3, **style)
-        seconds = [statistics.mean(read_result(r).get("seconds", 0) for r in study.runs(of[b], b)) for b in done]
-        time.plot(done, seconds, **style)
-        for number, run in enumerate(study.runs(method, largest) if largest else []):
-            lines = read_lines(run / "metrics.jsonl", "train")
-            label = title if number == 0 else None
-            loss.plot([x["epoch"] for x in lines], [x["loss"] for x in lines], color=COLOURS[method], alpha=0.8, linewidth=1, label=label)
-    if largest:
-        lines = read_lines(study.runs("lars", largest)[0] / "metrics.jsonl", "trust")
+        means, spreads = ([of(top1) for top1 in tops.values()] for of in (statistics.mean, statistics.stdev))
+        accuracy.errorbar(list(tops), means, spreads, capsize=3, **style)
+    done = [b for b in study.batches if b != first and study.runs("lars", b)]
+    for axis, batch in zip(losses, done[-2:]):
+        for method, title in TITLES.items():
+            for number, run in enumerate(study.runs(method, batch)):
+                lines, label = read_lines(run / "metrics.jsonl", "train"), title if number == 0 else None
+                style = {"color": COLOURS[method], "linestyle": ":" if method == "sgd-sqrt" else "-", "linewidth": 1}
+                axis.plot([x["epoch"] for x in lines], [x["loss"] for x in lines], label=label, **style)
+        axis.set_title(f"training loss, batch {batch:,}, a line a seed", fontsize=10)
+        axis.legend()
+    if done:
+        lines = read_lines(study.runs("lars", done[-1])[0] / "metrics.jsonl", "trust")
         layers = list(lines[0]["ratios"])
         for number, layer in enumerate(layers):
             colour = colormaps["viridis"](number / max(1, len(layers) - 1))
             trust.plot([x["epoch"] for x in lines], [x["ratios"][layer] for x in lines], color=colour, label=layer)
         trust.set_yscale("log")
         trust.legend(fontsize=6, ncols=2)
-    for axis in (accuracy, time):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(study.batches, [f"{b:,}" for b in study.batches])
-        axis.set_xlabel("batch")
-        axis.legend()
-    time.set_ylim(bottom=0)
-    loss.legend()
-    for axis, title in (
-        (accuracy, "top-1 %, test images, mean and spread of the seeds"),
-        (time, "seconds of training on one core"),
-        (loss, f"training loss, batch {largest:,}" if largest else "training loss"),
-        (trust, f"trust ratio of each layer, LARS, batch {largest:,}" if largest else "trust ratio"),
-    ):
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in (loss, trust):
+        trust.set_title(f"trust ratio of each layer, LARS, batch {done[-1]:,}", fontsize=10)
+    accuracy.set_xscale("log", base=2)
+    accuracy.set_xticks(study.batches, [f"{b:,}" for b in study.batches])
+    accuracy.set_xlabel("batch")
+    accuracy.set_title("top-1 %, test images, mean and spread of the seeds", fontsize=10)
+    accuracy.legend()
+    for axis in (trust, *losses):
         axis.set_xlabel("epoch")
+    for axis in (accuracy, trust, *losses):
+        axis.grid(alpha=0.3)
     figure.suptitle(f"{NETS[study.model]} on CIFAR-10, 8 epochs")
     figure.savefig(picture, dpi=100)
     pyplot.close(figure)
