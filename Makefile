@@ -36,8 +36,8 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
 
-study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; stop and start it as you like (DATA=, ARGS=--jobs=N)
-	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(ARGS)
+study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; trains what the ledger lacks, FRESH=1 all
+	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh) $(ARGS)
 
 tables: $(SETUP)  ## write the READMEs' tables and the study's figures from recipes, the plan and committed results
 	$(PYTHON) -m lars.tables

@@ -1,7 +1,7 @@
-"""`python recipes/study/study.py [--data DATA] [--jobs N]`: the study of grid.yaml, run by run. What `make study` calls.
+"""`python recipes/study/study.py [--data DATA] [--jobs N] [--fresh]`: the study of grid.yaml, run by run. What `make study` calls.
 
-Stop it whenever you like: finished runs are kept, unfinished ones resume. Runs go to runs/study/; `summary.py --collect` puts them
-into the ledger.
+It trains what the ledger (recipes/study/results/) does not have; with `--fresh` everything. Stop it whenever you like: finished runs
+are kept, unfinished ones resume. Runs go to runs/study/; `summary.py --collect` puts them into the ledger.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from lars.ledger import diverged
 from lars.run import read_result
 
 HERE = Path(__file__).parent
-RUNS = Path("runs/study")
+RUNS, RESULTS = Path("runs/study"), HERE / "results"
+use_ledger = True
 _HELD_BACK, _ROWS_PER_FILE, _ROWS_PER_GROUP = 5_000, 5_000, 100
 _locks: dict[Path, threading.Lock] = {}
 
@@ -55,9 +56,9 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
     """One run to its end, or the one that is there; its result. A run that diverges is a result, too."""
     run = RUNS / model / label / f"seed-{seed}"
     with _locks.setdefault(run, threading.Lock()):  # two methods may want the same rate
-        before = read_result(run)
-        if before.get("status") == "finished" or diverged(before):
-            return before
+        for before in map(read_result, (run, *([RESULTS / run.relative_to(RUNS)] if use_ledger else []))):
+            if before.get("status") == "finished" or diverged(before):
+                return before
         free = [f"run_dir={run}", f"data.path={RUNS / 'data'}", "data.workers=1", "trackers=[]", "checkpoint.keep=1"]
         keys = ["runtime.channels_last=true", f"data.val_split={split}", f"seed={seed}", *overrides]
         command = [sys.executable, str(HERE.parent / "train.py"), "--config", str(HERE / f"{model}.yaml"), *free, *keys]
@@ -141,7 +142,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--fresh", action="store_true", help="train again what the ledger has")
     args = parser.parse_args()
+    global use_ledger
+    use_ledger = not args.fresh
     os.environ["ACCELERATE_USE_CPU"] = "true"
     write_data(args.data, RUNS / "data")
     try:

@@ -17,13 +17,13 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from study import RUNS, label_of, rates, score  # noqa: E402
+from study import RESULTS, RUNS, label_of, rates, score  # noqa: E402
 
 from lars.ledger import diverged, entries, keep  # noqa: E402
 from lars.run import read_lines, read_result  # noqa: E402
 from lars.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
 
-RESULTS, README = HERE / "results", HERE / "README.md"
+README = HERE / "README.md"
 TITLES = {"sgd-linear": "SGD, linear scaling", "sgd-sqrt": "SGD, square-root scaling", "lars": "LARS"}  # in the tables' order
 COLOURS = {"sgd-linear": "#d55e00", "sgd-sqrt": "#e69f00", "lars": "#0072b2"}  # told apart by the colour-blind, too
 NETS = {"resnet": "ResNet", "alexnet": "AlexNet"}

@@ -58,6 +58,16 @@ def test_runs_differ_from_the_recipe_in_batch_rate_and_optimizer_only(model: str
             assert len([key for key in usual if usual[key] != changed[key]]) == 1
 
 
+def test_a_run_in_the_ledger_is_not_trained_again_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    committed = json.loads((RESULTS / "resnet/lars-b256-lr10/seed-1/result.json").read_text())
+    assert study.train("resnet", "lars-b256-lr10", 1, "test", []) == committed
+    assert study.tune(GRID, "resnet", "lars", 4096, 10.0) == 20.0  # from four committed runs
+    monkeypatch.setattr(study, "use_ledger", False)
+    with pytest.raises(RuntimeError, match="ended with status 2"):  # it starts, and finds no such data
+        study.train("resnet", "lars-b256-lr10", 1, "test", ["data.path=./nothing"])
+
+
 def test_the_held_back_images_are_the_last_ones_and_bytes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
