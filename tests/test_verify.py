@@ -24,7 +24,8 @@ def altered(tmp_path: Path, tiny_runs: dict[int, Path]) -> Callable[..., Path]:
         shutil.copy(tiny_runs[3] / "config.yaml", copy)
         lines = [line for line in read_lines(tiny_runs[3] / "metrics.jsonl") if line["step"] <= last]
         for line in lines:
-            line["loss"] *= loss_factor if line["kind"] == "train" and line["step"] == step else 1.0
+            if (line["kind"], line["step"]) == ("train", step):
+                line["loss"] *= loss_factor
         (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (copy / "result.json").write_text(json.dumps({**read_result(tiny_runs[3]), "steps": last, **keys}))
         return copy
