@@ -100,6 +100,7 @@ def test_the_picture_is_drawn(tmp_path: Path, tiny_runs: dict[int, Path]) -> Non
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The right rule passes and the one with its sign flipped fails, trained by the real loop, judged by the real report."""
     recipe = tmp_path / "recipes/mine/resnet50.yaml"

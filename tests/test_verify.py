@@ -89,6 +89,7 @@ def test_the_committed_seeds_say_what_they_ran(name: str) -> None:
         assert "path" not in (folder / "config.yaml").read_text() and len(read_lines(folder / "metrics.jsonl", "train")) == read_result(folder)["steps"]
 
 
+@pytest.mark.long
 def test_the_command_trains_the_runs_own_recipe_again(tiny_runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """The run's overrides are found in its config.yaml; one process verifies what two did."""
     monkeypatch.chdir(ROOT)
