@@ -10,19 +10,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from lars.config import RecipeError
-from lars.run import read_lines, read_result, write_atomically
+from lars.run import diverged, read_lines, read_result, write_atomically
 
 _OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
-
-
-def diverged(result: dict[str, Any]) -> bool:
-    """Whether a run ended because its numbers were no longer finite: an outcome, not an accident."""
-    return result.get("status") == "failed" and str(result.get("error", "")).startswith("FloatingPointError")
 
 
 def complaint(run: Path) -> str | None:

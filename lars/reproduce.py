@@ -23,7 +23,7 @@ from lars import config
 from lars.config import RecipeError
 from lars.launched import environment_of
 from lars.report import report
-from lars.run import read_result, set_aside, sources
+from lars.run import diverged, read_result, set_aside, sources
 
 
 def launch_file(name: str | None) -> Path:
@@ -67,7 +67,7 @@ def prepare_folder(run: Path, recipe: Path, fresh: bool, say: Callable[[str], No
     file = run / "sources.json"
     then = json.loads(file.read_text()) if file.is_file() else {}
     changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name)) if before else []
-    spoiled = before.get("status") == "finished" or str(before.get("error", "")).startswith("FloatingPointError")
+    spoiled = before.get("status") == "finished" or diverged(before)
     if before and (fresh or changed and spoiled):
         why = "FRESH=1" if fresh else f"changed since: {', '.join(changed)}"
         say(f"{run}: earlier run set aside as {set_aside(run)} ({why})")

@@ -50,7 +50,7 @@ class RunFolder:
             "weights_sha256": None,
             "samples_hash": None,
             "source_sha256": source_sha256(files),
-            "commit": commit(),
+            "commit": commit() if self.writes else None,
             "versions": versions(),
             **facts,
         }
@@ -114,6 +114,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
         return result
     except ValueError as error:  # not JSON, or not even text
         raise RecipeError(f"{file} is damaged ({error}): remove it, the run resumes from its checkpoint") from None
+
+
+def diverged(result: dict[str, Any]) -> bool:
+    """Whether a run ended because its numbers were no longer finite: an outcome, not an accident."""
+    return result.get("status") == "failed" and str(result.get("error", "")).startswith("FloatingPointError")
 
 
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

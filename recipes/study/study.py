@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from lars.ledger import diverged
-from lars.run import read_result
+from lars.config import Data, RecipeError
+from lars.data.index import resolve
+from lars.run import diverged, read_result
 
 HERE = Path(__file__).parent
 RUNS, RESULTS = Path("runs/study"), HERE / "results"
@@ -36,6 +37,7 @@ def write_data(source: str, out: Path) -> None:
     done = out / "complete"
     if done.exists():
         return
+    resolve(Data(path=source, train_split="train", val_split="test"))  # says in one line what is wrong with it
     out.mkdir(parents=True, exist_ok=True)
     loaded = datasets.load_dataset(source)
     test = next(split for split in loaded if split != "train")
@@ -127,15 +129,19 @@ def study(grid: dict[str, Any], jobs: int) -> None:
         def together(calls: Iterator[tuple[Callable, ...]]) -> list[Any]:
             return [future.result() for future in [pool.submit(*call) for call in calls]]
 
-        for part in grid["parts"]:
-            model, first = part["model"], grid["base_batch"]
-            sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
-            base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
-            wanted = [(m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"]  # one SGD there
-            together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
-            if batch := part.get("ablate"):
-                rate = tune(grid, model, "lars", batch, lars)
-                together((ablate, grid, model, name, batch, lars, rate) for name in grid["ablations"])
+        try:
+            for part in grid["parts"]:
+                model, first = part["model"], grid["base_batch"]
+                sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
+                base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
+                wanted = [(m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"]  # one SGD there
+                together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
+                if batch := part.get("ablate"):
+                    rate = tune(grid, model, "lars", batch, lars)
+                    together((ablate, grid, model, name, batch, lars, rate) for name in grid["ablations"])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those under way end, no other begins
+            raise
 
 
 def main() -> int:
@@ -147,12 +153,15 @@ def main() -> int:
     global use_ledger
     use_ledger = not args.fresh
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    write_data(args.data, RUNS / "data")
     try:
+        write_data(args.data, RUNS / "data")
         study(yaml.safe_load((HERE / "grid.yaml").read_text()), args.jobs)
     except KeyboardInterrupt:  # it reached the runs as well: they save and stop
         print("stopped: start again to go on", file=sys.stderr)
         return 75
+    except (RecipeError, RuntimeError) as error:  # RuntimeError: a run that ended neither finished nor diverged
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
     return 0
 
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(HERE))
 
 from study import RESULTS, RUNS, label_of, rates, score  # noqa: E402
 
-from lars.ledger import diverged, entries, keep  # noqa: E402
-from lars.run import read_lines, read_result  # noqa: E402
+from lars.ledger import entries, keep  # noqa: E402
+from lars.run import diverged, read_lines, read_result  # noqa: E402
 from lars.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
 
 README = HERE / "README.md"

@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -66,6 +67,29 @@ def test_a_run_in_the_ledger_is_not_trained_again_unless_asked(monkeypatch: pyte
     monkeypatch.setattr(study, "use_ledger", False)
     with pytest.raises(RuntimeError, match="ended with status 2"):  # it starts, and finds no such data
         study.train("resnet", "lars-b256-lr10", 1, "test", ["data.path=./nothing"])
+
+
+def test_after_a_run_that_fails_no_other_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def fail(*call: object) -> None:
+        begun.append(call)
+        if len(begun) == 1:
+            raise RuntimeError("a run ended with status 75")
+        time.sleep(0.5)  # a run
+
+    monkeypatch.setattr(study, "tune", lambda *call: 1.0)
+    monkeypatch.setattr(study, "entry", fail)
+    with pytest.raises(RuntimeError, match="status 75"):
+        study.study(GRID, jobs=1)
+    assert len(begun) <= 2  # of seven: the one that failed, and one that the pool may have taken before it was stopped
+
+
+def test_data_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["study.py", "--data", "./nothing"])
+    assert study.main() == 2
+    assert capsys.readouterr().err == "error: data.path=./nothing: no such folder\n"
 
 
 def test_the_held_back_images_are_the_last_ones_and_bytes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
