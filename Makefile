@@ -54,3 +54,4 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m pip install --quiet -e .[bench]
 	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json
+	$(PYTHON) -m tests.benchmarks.wall_clock --json > tests/benchmarks/wall_clock.json

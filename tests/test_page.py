@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -301,10 +299,11 @@ def test_a_damaged_file_is_one_line_and_status_2(
     assert error.startswith("error: ") and error.count("\n") == 1 and f"{run / file}" in error and "damaged" in error
 
 
-def test_the_command_says_where_the_page_is(tmp_path: Path) -> None:
+def test_the_command_says_where_the_page_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     run = copy(RUNS[0], tmp_path / "seed-0")
-    done = subprocess.run([sys.executable, "-m", "lars.report", str(run)], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0 and f"page: {run}/plots/report.html" in done.stdout, done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["report", str(run)])
+    assert report_main() == 0 and f"page: {run}/plots/report.html" in capsys.readouterr().out
     assert (run / "plots/report.html").is_file() and (run / "plots/curves.png").is_file() and not (run / "plots/trust.png").exists()
 
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,13 @@ def all_commands() -> list[tuple[str, str]]:
     return [(str(file.relative_to(ROOT)), command) for file in TEXTS for command in commands(file.read_text())]
 
 
-@cache
-def help_of(module: str) -> str:
-    """What a module's --help says on stderr and where it fails; nothing where it works."""
-    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
-    return "" if shown.returncode == 0 else f"status {shown.returncode}: {shown.stderr}"
+def run_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """`python -m words...` from the repository's root, in this process: a new one would import everything again for six seconds."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    return end.value.code or 0
 
 
 def test_there_are_commands() -> None:
@@ -42,7 +44,7 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(("file", "command"), all_commands())
-def test_a_command_exists_and_parses(file: str, command: str) -> None:
+def test_a_command_exists_and_parses(file: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         dry = subprocess.run(["make", "-n", "PYTHON=python", *words[1:]], cwd=ROOT, capture_output=True, text=True)
@@ -52,7 +54,7 @@ def test_a_command_exists_and_parses(file: str, command: str) -> None:
     elif words[0] == "cp":
         assert (ROOT / words[-2]).exists()
     elif words[:2] == ["python", "-m"]:
-        assert help_of(words[2]) == ""
+        assert run_module([words[2], "--help"], monkeypatch) == 0
     else:
         assert (ROOT / "recipes/train.py").is_file() and "recipes/train.py" in words
         if "--config_file" in words:
@@ -76,10 +78,13 @@ def test_a_recipes_header_names_its_own_file_and_its_keys_are_the_trajectory(rec
     assert order == ["model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision"]
 
 
-def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file() -> None:
+def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     command = next(c for file, c in all_commands() if file == "README.md" and c.startswith("python -m lars.plan"))
     assert "h100-8" in command
-    said = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert run_module(shlex.split(command)[2:], monkeypatch) == 0
+    said = capsys.readouterr().out
     assert re.search(r"on 8 H100: about [\d.]+ (min|h)\n", said)
     assert re.search(r"memory +[\d.]+ GB of state \+ [\d.]+ GB of activations of 80 GB a device", said)
     start = next(line for line in said.splitlines() if line.strip().startswith("start"))

@@ -17,16 +17,14 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from figure import NETS, TITLES, draw  # noqa: E402
 from study import RESULTS, RUNS, label_of, rates, score  # noqa: E402
 
 from lars.ledger import entries, keep  # noqa: E402
-from lars.run import diverged, read_lines, read_result  # noqa: E402
+from lars.run import diverged, read_result  # noqa: E402
 from lars.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
 
 README = HERE / "README.md"
-TITLES = {"sgd-linear": "SGD, linear scaling", "sgd-sqrt": "SGD, square-root scaling", "lars": "LARS"}  # in the tables' order
-COLOURS = {"sgd-linear": "#d55e00", "sgd-sqrt": "#e69f00", "lars": "#0072b2"}  # told apart by the colour-blind, too
-NETS = {"resnet": "ResNet", "alexnet": "AlexNet"}
 
 
 class Study:
@@ -117,54 +115,6 @@ def ablation_table(study: Study, batch: int) -> str:
             gap = f"{statistics.mean(top1) - statistics.mean(usual):+.2f} (p = {p:.2g})"
         rows.append([name, f"`{' '.join(overrides)}`", mean_and_spread(top1, 2), gap])
     return markdown(["change", "override", "top-1 %", "against LARS as it is"], rows)
-
-
-def draw(study: Study, picture: Path) -> None:
-    """As the paper draws them: accuracy against batch, loss against epoch, trust ratios over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import colormaps, pyplot
-
-    figure, ((accuracy, trust), losses) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    first = study.grid["base_batch"]
-    for method, title in TITLES.items():
-        # scaling rules meet at the base batch: one SGD there
-        tops = {b: study.top1("sgd-linear" if (method, b) == ("sgd-sqrt", first) else method, b) for b in study.batches}
-        tops = {b: top1 for b, top1 in tops.items() if top1}
-        style = {"color": COLOURS[method], "marker": "o", "label": title, "linestyle": ":" if method == "sgd-sqrt" else "-"}
-        means, spreads = ([of(top1) for top1 in tops.values()] for of in (statistics.mean, statistics.stdev))
-        accuracy.errorbar(list(tops), means, spreads, capsize=3, **style)
-    done = [b for b in study.batches if b != first and study.runs("lars", b)]
-    for axis, batch in zip(losses, done[-2:]):
-        for method, title in TITLES.items():
-            for number, run in enumerate(study.runs(method, batch)):
-                lines, label = read_lines(run / "metrics.jsonl", "train"), title if number == 0 else None
-                style = {"color": COLOURS[method], "linestyle": ":" if method == "sgd-sqrt" else "-", "linewidth": 1}
-                axis.plot([x["epoch"] for x in lines], [x["loss"] for x in lines], label=label, **style)
-        axis.set_title(f"training loss, batch {batch:,}, a line a seed", fontsize=10)
-        axis.legend()
-    if done:
-        lines = read_lines(study.runs("lars", done[-1])[0] / "metrics.jsonl", "trust")
-        layers = list(lines[0]["ratios"])
-        for number, layer in enumerate(layers):
-            colour = colormaps["viridis"](number / max(1, len(layers) - 1))
-            trust.plot([x["epoch"] for x in lines], [x["ratios"][layer] for x in lines], color=colour, label=layer)
-        trust.set_yscale("log")
-        trust.legend(fontsize=6, ncols=2)
-        trust.set_title(f"trust ratio of each layer, LARS, batch {done[-1]:,}", fontsize=10)
-    accuracy.set_xscale("log", base=2)
-    accuracy.set_xticks(study.batches, [f"{b:,}" for b in study.batches])
-    accuracy.set_xlabel("batch")
-    accuracy.set_title("top-1 %, test images, mean and spread of the seeds", fontsize=10)
-    accuracy.legend()
-    for axis in (trust, *losses):
-        axis.set_xlabel("epoch")
-    for axis in (accuracy, trust, *losses):
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"{NETS[study.model]} on CIFAR-10, 8 epochs")
-    figure.savefig(picture, dpi=100)
-    pyplot.close(figure)
 
 
 def pages(grid: dict[str, Any]) -> Iterator[tuple[Path, str]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import DEMO, ROOT, play, start_ranks
 from distributed.parity import BUILT, RECIPE, bounds, differences, one_step, told, weights_after
+from lars.reproduce import main as reproduce_main
 from lars.run import read_lines, read_result, weights_sha256
 from recipes.train import main
 
@@ -240,13 +241,17 @@ def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
         assert words in capsys.readouterr().err
 
 
-def test_make_checks_a_launch_file_before_it_starts_anything(tmp_path: Path) -> None:
+def test_make_checks_a_launch_file_before_it_starts_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """`make reproduce-* LAUNCH=...` goes through `lars.reproduce`."""
     (tmp_path / "bad.json").write_text(json.dumps({**ZERO2, "gradient_clipping": 1.0}))
     (tmp_path / "bad.yaml").write_text((ROOT / "launch/zero2.yaml").read_text().replace("launch/zero2.json", str(tmp_path / "bad.json")))
-    command = [sys.executable, "-m", "lars.reproduce", "--launch", str(tmp_path / "bad.yaml"), str(DEMO / "resnet50.yaml"), f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and '"gradient_clipping": 0.0' in done.stderr and "accelerate launch" not in done.stdout
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["reproduce", "--launch", str(tmp_path / "bad.yaml"), str(DEMO / "resnet50.yaml"), f"run_dir={tmp_path / 'run'}"])
+    assert reproduce_main() == 2
+    said = capfd.readouterr()
+    assert '"gradient_clipping": 0.0' in said.err and "accelerate launch" not in said.out
 
 
 @pytest.mark.long
