@@ -152,6 +152,7 @@ def test_labels_are_checked_from_parquet_statistics(tmp_path: Path) -> None:
         index.build_indexes(data, 10)
 
 
+@pytest.mark.long
 def test_under_the_launcher_only_rank_0_prints_the_line_and_nobody_waits() -> None:
     """Only rank 0 looks at the data: the other rank is waiting for it and must end at once."""
     done = launch(2, RECIPE, "data.path=/no/such/folder", timeout=40)

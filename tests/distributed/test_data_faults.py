@@ -116,7 +116,7 @@ def damaged(tiny: tuple[str, ...], folder: Path, damage: dict[int, bytes | None]
 
 
 def test_every_kind_of_damage_is_replaced_counted_and_told_the_same_at_any_number_of_processes(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    keys = (*damaged(tiny, tmp_path / "data", {**DAMAGE, 500: None}), "data.max_bad_fraction=0.01", "max_steps=11")
+    keys = (*damaged(tiny, tmp_path / "data", {**DAMAGE, 500: None}), "data.max_bad_fraction=0.01", "runtime.micro_batch=48", "max_steps=11")
     for processes in (1, 2):
         said = play(processes, RECIPE, *keys, f"run_dir={tmp_path / str(processes)}", log=tmp_path / f"log{processes}")
         for sample in (*DAMAGE, 500):
