@@ -28,7 +28,7 @@ prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and
 	$(PYTHON) -m lars.prove recipes/demo/alexnet.yaml
 
 test: $(SETUP)  ## what CI runs
-	$(PYTHON) -m pytest -m "not long"
+	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
 	bash -o pipefail -c '$(PYTHON) -m pytest -m long -vv --no-header | tee tests/long.log'

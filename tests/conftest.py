@@ -1,6 +1,7 @@
 """What several tests need: tiny recipes of real images, and real launches."""
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import socket
@@ -125,11 +126,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> dict[int, Path]:
-    """{processes: run folder}: the same 24 steps, more than two epochs, with 1, 2, 3 and 4 processes."""
-    folder = tmp_path_factory.mktemp("runs")
-    runs = {}
-    for processes in (1, 2, 3, 4):
-        runs[processes] = folder / str(processes)
-        overrides = (*tiny, "max_steps=24", "ledger=true", f"run_dir={runs[processes]}")
-        play(processes, DEMO / "resnet50.yaml", *overrides, log=folder / f"{processes}.log")
+    """{processes: run folder}: the same 24 steps, more than two epochs, with 1, 2, 3 and 4 processes.
+
+    Under pytest-xdist the first worker that wants them trains them for all.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tiny_runs"
+    folder.mkdir(exist_ok=True)
+    runs = {processes: folder / str(processes) for processes in (1, 2, 3, 4)}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            for processes, run in runs.items():
+                overrides = (*tiny, "max_steps=24", "ledger=true", f"run_dir={run}")
+                play(processes, DEMO / "resnet50.yaml", *overrides, log=folder / f"{processes}.log")
+            (folder / "complete").touch()
     return runs

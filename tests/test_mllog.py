@@ -46,7 +46,7 @@ def test_the_committed_log_passes_and_spoiled_ones_do_not(tmp_path: Path) -> Non
 
 def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     run = tmp_path / "run"
-    overrides = (*tiny, *CLOSED, "bn_group=48", "runtime.micro_batch=48", "epochs=9", f"run_dir={run}", "checkpoint.every_steps=30")
+    overrides = (*tiny, *CLOSED, "runtime.micro_batch=48", "epochs=9", f"run_dir={run}", "checkpoint.every_steps=30")
     output = play(1, DEMO / "resnet50.yaml", *overrides, "max_steps=60", log=tmp_path / "first.log")
     assert "not of MLPerf's closed division: the data are ImageNet's" in output
     first = events(run / "mllog.txt")

@@ -30,6 +30,10 @@ def all_commands() -> list[tuple[str, str]]:
     return [(str(file.relative_to(ROOT)), command) for file in TEXTS for command in commands(file.read_text())]
 
 
+# `run_module` runs what other tests have imported already; a command line starts without it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+
 def run_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """`python -m words...` from the repository's root, in this process: a new one would import everything again for six seconds."""
     monkeypatch.chdir(ROOT)
