@@ -70,6 +70,15 @@ def test_a_run_in_the_ledger_is_not_trained_again_unless_asked(monkeypatch: pyte
         study.train("resnet", "lars-b256-lr10", 1, "test", ["data.path=./nothing"])
 
 
+def test_the_ledger_lacks_no_run_of_the_design(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: pytest.fail(f"would train {command}"))
+    study.study(GRID, jobs=1)
+    every = {file.parent.relative_to(RESULTS) for file in RESULTS.rglob("result.json")}
+    wanted = {run.relative_to(tmp_path) for run in study._locks if run.is_relative_to(tmp_path)}
+    assert len(wanted) >= 110 and wanted <= every
+
+
 def test_after_a_run_that_fails_no_other_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
