@@ -388,6 +388,7 @@ print("EXACT")
 """
 
 
+@pytest.mark.long
 def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
     with socket.socket() as free:
