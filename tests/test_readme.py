@@ -43,6 +43,14 @@ def run_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return end.value.code or 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("module", sorted({c.split()[2] for _, c in all_commands() if c.startswith("python -m ")}))
+def test_a_module_starts_in_a_process_of_its_own(module: str) -> None:
+    """With nothing imported before it, which `run_module` cannot tell."""
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_there_are_commands() -> None:
     assert len(all_commands()) >= 10
 

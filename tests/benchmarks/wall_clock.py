@@ -18,19 +18,20 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 from conftest import ROOT, play  # noqa: E402
 from study import RUNS, write_data  # noqa: E402
 
+from lars.config import RecipeError  # noqa: E402
 from lars.run import read_result  # noqa: E402
 
-BATCHES, PROCESSES = (256, 1024, 4096, 16384), (1, 2)
+BATCHES, PROCESSES, IMAGES = (256, 1024, 4096, 16384), (1, 2), 45_000
 
 
 def measure(model: str, batch: int, processes: int, folder: Path) -> dict:
     """Seconds for as many images as an epoch has: a run's last step may take more of them."""
-    images = 45_000
+    run = folder / f"{model}-{batch}-{processes}"
     keys = (f"global_batch={batch}", f"data.path={RUNS / 'data'}", "data.val_split=validation", "epochs=1", "schedule.warmup_epochs=0")
-    free = ("data.workers=1", "runtime.channels_last=true", "trackers=[]", f"run_dir={folder / f'{model}-{batch}-{processes}'}")
+    free = ("data.workers=1", "runtime.channels_last=true", "trackers=[]", f"run_dir={run}")
     play(processes, ROOT / "recipes/study" / f"{model}.yaml", *keys, *free, log=folder / "log.txt", where="cpu-2")
-    result = read_result(folder / f"{model}-{batch}-{processes}")
-    seconds = result["seconds"] * images / result["images"]
+    result = read_result(run)
+    seconds = result["seconds"] * IMAGES / result["images"]
     return {"model": model, "batch": batch, "processes": processes, "steps": result["steps"], "seconds": round(seconds, 1)}
 
 
@@ -39,7 +40,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--data", default="uoft-cs/cifar10", help="as for recipes/study/study.py")
     args = parser.parse_args()
-    write_data(args.data, RUNS / "data")
+    try:
+        write_data(args.data, RUNS / "data")
+    except RecipeError as error:
+        parser.error(str(error))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for model in ("resnet", "alexnet"):

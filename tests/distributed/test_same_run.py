@@ -294,8 +294,9 @@ def test_processes_that_end_with_different_weights_fail_the_run(tmp_path: Path, 
     assert read_result(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    """`cp -r recipes/demo recipes/mine`, another timm model, another place, other overrides, no launcher."""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository(processes: int, tmp_path: Path) -> None:
+    """`cp -r recipes/demo recipes/mine`, another timm model, another place, other overrides; one process without a launcher."""
     place = tmp_path / "elsewhere"
     for part in ("recipes/demo", "recipes/alexnet", "launch"):
         shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("results"))
@@ -305,12 +306,15 @@ def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository
     text = recipe.read_text().replace("name: demo/resnet50", "name: mine/first").replace("  name: resnet50\n", "  name: mobilenetv3_small_050\n")
     lines = [line if "kwargs:" not in line else "  kwargs: {}" for line in text.splitlines()]
     recipe.write_text("\n".join(lines) + "\n")
-    keys = ("max_steps=2", "seed=3", "global_batch=96", "bn_group=8", "trackers=[]")
-    command = [sys.executable, str(place / "recipes/mine/train.py"), "--config", str(recipe), *keys]
+    command = launch_line(processes, recipe, ("max_steps=2", "seed=3", "global_batch=96", "bn_group=8", "trackers=[]"))
+    at = command.index(str(place / "recipes/train.py"))
+    command[at] = str(place / "recipes/mine/train.py")
+    if processes == 1:
+        command = [sys.executable, *command[at:]]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((place / "runs/mine/first/seed-3/result.json").read_text())
-    assert (result["status"], result["steps"], result["world_size"]) == ("finished", 2, 1)
+    assert (result["status"], result["steps"], result["world_size"]) == ("finished", 2, processes)
 
 
 @pytest.mark.long
