@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,17 @@ from conftest import RANKS, ROOT
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
-# float32 keeps 2^-24 of a number; a gradient here is a sum of up to 24 * 49 products, and engines add them in another
-# order: 2^-24 * sqrt(1176) = 2e-6 of the gradient, and three steps of it
-BOUND = 1e-5
+U = 2.0**-24  # float32's unit roundoff
+# What rounding leaves of a gradient (Higham and Mary 2019): an element of the convolution's is a sum of 24 * 25 products,
+# on its way back it passes through sums of 11, 37, 37 and 37 products and the group norm's of 125.
+ROUNDING = U * (BATCH * 25 + 11 + 3 * 37 + 125) ** 0.5
 
 
 class Odd(nn.Module):
-    """No size divides by 2 or 3; one layer frozen, two sharing a weight, a bias and a norm without adaptation."""
+    """No size divides by 2 or 3; one layer frozen, two sharing a weight, a bias and a norm without adaptation.
+
+    tanh, not ReLU: no unit can stand on a kink, where one rounding decides about a whole term of the gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +43,8 @@ class Odd(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.frozen(F.relu(self.norm(self.conv(x))).flatten(1))
-        return self.head(F.relu(self.second(F.relu(self.first(x)))))
+        x = self.frozen(torch.tanh(self.norm(self.conv(x))).flatten(1))
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 class Skips(Odd):
@@ -49,7 +54,7 @@ class Skips(Odd):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        x = F.relu(self.norm(self.conv(x))).flatten(1)
+        x = torch.tanh(self.norm(self.conv(x))).flatten(1)
         return self.head(self.first(self.frozen(x)) if self.calls % 2 else self.second(self.frozen(x)))
 
 
@@ -72,33 +77,66 @@ def optimizer(net: nn.Module, several_groups: bool = False, caffe: bool = False)
     return lars.LARS(groups, lr=1.0, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.01)
 
 
-def control(
-    several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False, caffe: bool = False
-) -> list[dict[str, torch.Tensor]]:
-    """The weights after every step, in one process; a missing gradient is left out, or counts as zero."""
-    net = model(kind)
-    rule, states = optimizer(net, several_groups, caffe), []
-    for step in range(STEPS):
-        for group in rule.param_groups:
-            group["lr"] = RATES[step]
+def worst(
+    states: list[dict], several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False, caffe: bool = False
+) -> float:
+    """The largest error of a layer's weights after a step, as a multiple of what rounding explains.
+
+    The control is LARS in one process, in float64, with the whole batch; a missing gradient is left out, or counts as
+    zero. It takes every step from the weights that the engine had before it: over several steps the rule itself enlarges
+    a difference. (With the Caffe fork's rule the norm's weight shrinks tenfold in the first step here, and the
+    convolution doubles in the third: 5 units of a gradient's last place became 470 of the way from the start.)
+
+    What a step adds to the velocity has the gradient's error twice, once from the trust ratio; the velocity remembers
+    the error, is rounded twice when it is made, and the weight once.
+    """
+    net = model(kind).double()
+
+    def gradients(step: int) -> None:
         x, y = batch(step)
-        F.cross_entropy(net(x), y).backward()
+        F.cross_entropy(net(x.double()), y).backward()
         for p in net.parameters():
             if zero_for_none and p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        rule.step()
-        rule.zero_grad()
-        states.append({n: p.detach().clone() for n, p in net.named_parameters()})
-    return states
+
+    return largest_error(states, net, optimizer(net, several_groups, caffe), gradients, ROUNDING)
 
 
-def control_bf16(world: int) -> list[dict[str, torch.Tensor]]:
-    """float32 masters, a bf16 copy for forward and backward of each process's share, the shares' gradients averaged."""
-    masters, states = model().bfloat16().float(), []  # DeepSpeed's masters are made of weights that it has rounded
-    rule = optimizer(masters)
-    for step in range(1):
+def largest_error(states: list[dict], net: nn.Module, rule: lars.LARS, gradients: Callable[[int], None], rounding: float) -> float:
+    """`worst` for a rule on `net`, whose `gradients` come from elsewhere and are those of the engine up to `rounding`."""
+    errors = []
+    allowed = {n: torch.zeros(()) for n, _ in net.named_parameters()}  # of the velocity
+    for step, ours in enumerate(states):
         for group in rule.param_groups:
             group["lr"] = RATES[step]
+        old = {p: state["momentum_buffer"].clone() for p, state in rule.state.items()}
+        gradients(step)
+        rule.step()
+        rule.zero_grad()
+        for name, p in net.named_parameters():
+            w = p.detach()
+            if p in rule.state:
+                v = rule.state[p]["momentum_buffer"]
+                kept = 0.9 * old[p] if p in old else torch.zeros_like(v)
+                allowed[name] = 0.9 * allowed[name] + 2 * rounding * (v - kept).norm() + 2 * U * v.norm()
+            if name in ours:  # not the frozen ones of a bf16 engine
+                error = (ours[name].double() - w).norm()
+                errors.append(float(error / (allowed[name] + U * w.norm())) if error > 0 else 0.0)
+                p.data.copy_(ours[name])
+    return max(errors)
+
+
+def worst_bf16(states: list[dict], world: int) -> float:
+    """`worst` of float32 masters whose gradients come from a bf16 copy in each process and are averaged in float32.
+
+    The copies' gradients have the engine's bits (the same shapes, one thread). What is left is their sum, rounded once,
+    and the norms, sums of up to 37 * 37 squares.
+    """
+    masters = model().bfloat16().double()  # DeepSpeed's masters are made of weights that it has rounded
+
+    def gradients(step: int) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for p in masters.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         for x, y in zip(*(part.chunk(world) for part in batch(step))):
@@ -107,10 +145,10 @@ def control_bf16(world: int) -> list[dict[str, torch.Tensor]]:
             F.cross_entropy(copy(x.bfloat16()).float(), y).backward()
             for p, q in zip(masters.parameters(), copy.parameters()):
                 if p.requires_grad:
-                    p.grad += q.grad.float() / world
-        rule.step()
-        states.append({n: p.detach().clone() for n, p in masters.named_parameters() if p.requires_grad})
-    return states
+                    p.grad += q.grad.double() / world
+        torch.set_num_threads(threads)
+
+    return largest_error(states, masters, optimizer(masters), gradients, U * (37 * 37 + 1) ** 0.5)
 
 
 def count_all_reduces(counts: list[int]) -> None:
@@ -242,17 +280,6 @@ def run(target, world: int, tmp_path: Path, config: dict | None = None, several_
     return torch.load(out)
 
 
-def worst(states: list[dict], several_groups: bool = False, expected: list[dict] | None = None) -> float:
-    """The largest error of a layer's weights relative to how far it has moved, over all steps."""
-    start, errors = {n: p.detach() for n, p in model().named_parameters()}, []
-    for ours, theirs in zip(states, expected or control(several_groups), strict=expected is None):
-        for name, w in theirs.items():
-            moved = (w - start[name]).norm()
-            error = (ours[name].float() - w).norm()
-            errors.append(float(error / moved) if moved > 0 else float(error))
-    return max(errors)
-
-
 ENGINES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
 
@@ -264,21 +291,21 @@ WORLDS = [2, *(pytest.param(world, marks=pytest.mark.long) for world in (1, 3))]
 def test_zero_is_exact_with_one_all_reduce(stage: int, world: int, tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, world, tmp_path, {"zero_optimization": {"stage": stage}})
     assert answer["engine"] == ENGINES[stage]
-    assert worst(answer["states"]) < BOUND
+    assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] == 1
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
 def test_the_caffe_forks_rule_is_exact_on_slices(stage: int, tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "caffe": True})
-    assert worst(answer["states"], expected=control(caffe=True)) < BOUND < worst(control(), expected=control(caffe=True))
+    assert worst(answer["states"], caffe=True) <= 1 < worst(answer["states"])
     assert answer["all_reduces"] == 1
 
 
 @pytest.mark.long
 def test_the_caffe_forks_rule_is_exact_under_fsdp2(tmp_path: Path) -> None:
     answer = run(_fsdp2_rank, 2, tmp_path, {"caffe": True})
-    assert worst(answer["states"], expected=control(caffe=True)) < BOUND and answer["all_reduces"] == 1
+    assert worst(answer["states"], caffe=True) <= 1 and answer["all_reduces"] == 1
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), 3])
@@ -298,7 +325,7 @@ def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
 )
 def test_layouts(zero: dict, tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "gradient_accumulation_steps": 2}, several_groups=True)
-    assert worst(answer["states"], several_groups=True) < BOUND
+    assert worst(answer["states"], several_groups=True) <= 1
     for name, whole in answer["layout"].items():  # what checkpoints are made of
         assert torch.equal(whole.view_as(answer["states"][-1][name]), answer["states"][-1][name])
 
@@ -306,25 +333,22 @@ def test_layouts(zero: dict, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_stage_3_sub_groups_are_exact_at_one_all_reduce_each(tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 3, "sub_group_size": 300}})
-    assert worst(answer["states"]) < BOUND
+    assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] > 1
 
 
 @pytest.mark.long
 def test_stage_0_needs_no_collective(tmp_path: Path) -> None:
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 0}})
-    assert worst(answer["states"]) < BOUND and answer["all_reduces"] == 0
+    assert worst(answer["states"]) <= 1 and answer["all_reduces"] == 0
 
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
 def test_deepspeed_s_own_bf16_section_is_exact_on_its_masters(stage: int, tmp_path: Path) -> None:
-    """Stage 1 adds in float32 all the way; stages 2 and 3 store the averaged gradient as bf16 once.
-
-    bf16 keeps 2^-9 of a number, the trust ratio repeats the gradient's error.
-    """
+    """With `data_types.grad_accum_dtype: fp32` every stage averages and keeps the bf16 gradients in float32."""
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}})
     assert answer["engine"] == ("BF16_Optimizer" if stage == 1 else ENGINES[stage])
-    assert worst(answer["states"], expected=control_bf16(2)) < (BOUND if stage == 1 else 2 * 2.0**-9)
+    assert worst_bf16(answer["states"], 2) <= 1
     assert answer["all_reduces"] == 1
 
 
@@ -339,13 +363,12 @@ def test_deepspeed_s_bf16_section_on_stage_0_is_refused(tmp_path: Path) -> None:
 def test_a_layer_without_gradient_counts_as_one_of_zeros_in_flat_slices(stage: int, tmp_path: Path) -> None:
     """On stage 3 only if the last step's gradients are cleared: DeepSpeed 0.19.8 would take them for this one's."""
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "skips": True})
-    assert worst(answer["states"], expected=control(kind=Skips, zero_for_none=True)) < BOUND
-    assert worst(answer["states"], expected=control(kind=Skips)) > BOUND
+    assert worst(answer["states"], kind=Skips, zero_for_none=True) <= 1 < worst(answer["states"], kind=Skips)
 
 
 @pytest.mark.long
 def test_a_layer_without_gradient_is_left_alone_under_fsdp2(tmp_path: Path) -> None:
-    assert worst(run(_fsdp2_rank, 2, tmp_path, {"skips": True})["states"], expected=control(kind=Skips)) < BOUND
+    assert worst(run(_fsdp2_rank, 2, tmp_path, {"skips": True})["states"], kind=Skips) <= 1
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
@@ -367,7 +390,7 @@ import torch.nn.functional as F
 rank, world = int(os.environ["RANK"]), 2
 def model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.ReLU(), torch.nn.Linear(13, 5))
+    return torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Tanh(), torch.nn.Linear(13, 5))
 x, y = torch.randn(6, 7, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
 plain, net = model(), model()
 before = [p.detach().clone() for p in plain.parameters()]
@@ -380,8 +403,10 @@ F.cross_entropy(plain(x), y).backward()
 rule.step()
 engine.backward(F.cross_entropy(engine(x.chunk(world)[rank]), y.chunk(world)[rank]))
 engine.step()
+# two evaluations, as in parity.py: a gradient element is a sum of 6 products behind sums of 5 and 13; the step is the velocity
+u, k = 2.0**-24, 6 + 5 + 13
 for p, q, w in zip(plain.parameters(), net.parameters(), before):
-    assert (p - q).norm() <= 1e-5 * (p - w).norm() and not torch.equal(p, w)
+    assert (p - q).norm() <= u * ((4 * k**0.5 + 4) * (p - w).norm() + 2 * p.norm()) and not torch.equal(p, w)
 assert not {"accelerate", "timm", "datasets", "transformers", "omegaconf"} & set(sys.modules)
 torch.distributed.destroy_process_group()
 print("EXACT")
@@ -413,7 +438,7 @@ def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp
 def test_fsdp2_is_exact_with_one_all_reduce(world: int, tmp_path: Path) -> None:
     answer = run(_fsdp2_rank, world, tmp_path)
     assert answer["engine"] == "DTensor"
-    assert worst(answer["states"]) < BOUND
+    assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] == 1
 
 
