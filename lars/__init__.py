@@ -1,27 +1,39 @@
 """LARS that is the same on every engine, and the parts of a training run that no cluster can change.
 
-`import lars` needs torch alone. Where timm is installed, the optimizer is registered there as `exact_lars`.
+`LARS`, `ShardingError` and `bind` need torch alone. It is imported when one of them is first used, so that a run can pin
+its instruction set before (`lars.portable`). `register_with_timm` puts the optimizer into timm's factory as `exact_lars`.
 """
-from lars.optimizer import LARS, ShardingError
-from lars.sharding import bind
+from __future__ import annotations
 
-__all__ = ["LARS", "ShardingError", "bind"]
+from typing import Any
+
+__all__ = ["LARS", "ShardingError", "bind", "register_with_timm"]
 
 
-def _register_with_timm() -> None:
-    try:
-        from timm.optim._optim_factory import OptimInfo, default_registry
-    except ImportError:
+def __getattr__(name: str) -> Any:
+    if name in ("LARS", "ShardingError"):
+        from lars import optimizer as module
+    elif name == "bind":
+        from lars import sharding as module
+    else:
+        raise AttributeError(f"module 'lars' has no attribute {name!r}")
+    return getattr(module, name)
+
+
+def register_with_timm() -> None:
+    """Let `timm.optim.create_optimizer_v2(model, "exact_lars", ...)` build LARS; timm's own is `lars`."""
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    from lars.optimizer import LARS
+
+    if "exactlars" in default_registry.list_optimizers():
         return
     for name in ("exact_lars", "exactlars"):
         default_registry.register(OptimInfo(name, LARS, "LARS as in arXiv 1708.03888", has_eps=True, has_momentum=True))
     build = default_registry.create_optimizer
 
-    def create_optimizer(model_or_params, opt, *args, **kwargs):
+    def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Any:
         # timm looks up only what follows the last underscore: "exact_lars" would silently be its own "lars".
         return build(model_or_params, opt.lower().replace("exact_lars", "exactlars"), *args, **kwargs)
 
     default_registry.create_optimizer = create_optimizer
-
-
-_register_with_timm()

@@ -1,9 +1,10 @@
 """Checkpoints that any engine and any number of processes can load: whole float32 tensors and a few numbers.
 
 A checkpoint is a folder `checkpoints/step-<n>` with `model.safetensors` (weights and batch-norm statistics),
-`momentum.safetensors` (by parameter name; a weight with two names stands there once) and `state.json`, which has the
-SHA-256 of both. It is written beside its place, synced and renamed, so that one that has its name is whole unless the
-disk itself lost something; that the hashes show. `checkpoints/latest` names the newest.
+`momentum.safetensors` (by parameter name; a weight with two names stands there once), `state.json`, which has the
+SHA-256 of both, and `state.sha256`, which has that of `state.json`. It is written beside its place, synced and renamed, so
+that one that has its name is whole unless the disk itself lost something; that the hashes show. `checkpoints/latest` names
+the newest.
 """
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lars.config import Checkpoint, Recipe, RecipeError, trajectory
+from lars.lock import LockLost
 from lars.run import write_atomically
 
 log = logging.getLogger(__name__)
@@ -44,10 +47,12 @@ class State:
 class CheckpointWriter:
     """Writes checkpoints of a run in the background, one at a time; training waits for the copy to the host only."""
 
-    def __init__(self, run: Path, keys: Checkpoint) -> None:
+    def __init__(self, run: Path, keys: Checkpoint, may_write: Callable[[], None] = lambda: None) -> None:
+        """`may_write` raises LockLost once the run folder belongs to another process."""
         self.folder, self.keep, self.stop_on_error = run / "checkpoints", keys.keep, keys.on_error == "stop"
+        self.may_write = may_write
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: OSError | LockLost | None = None
 
     def save(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
         """Start to write one; whole tensors by plain names.
@@ -70,17 +75,19 @@ class CheckpointWriter:
 
         Raises:
             OSError: it could not be, and the recipe says stop or it is `needed` (the last one of a run).
+            LockLost: from `may_write`.
         """
         if self.thread:
             self.thread.join()
             self.thread = None
-        if self.error and (needed or self.stop_on_error):
+        if self.error and (needed or self.stop_on_error or isinstance(self.error, LockLost)):
             raise self.error
 
     def _write(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
         self.error = None
         target, temporary = self.folder / _name(state.step), self.folder / f".{_name(state.step)}"
         try:
+            self.may_write()
             for left_behind in self.folder.glob(".step-*"):
                 shutil.rmtree(left_behind)
             temporary.mkdir(parents=True)
@@ -88,14 +95,19 @@ class CheckpointWriter:
                 save_file(tensors, temporary / f"{name}.safetensors")
                 state.files[f"{name}.safetensors"] = _sha256(temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+            (temporary / "state.sha256").write_text(_sha256(temporary / "state.json") + "\n")
             for file in temporary.iterdir():
                 _sync(file)
             _sync(temporary)
+            self.may_write()
             os.rename(temporary, target)
             write_atomically(self.folder / "latest", target.name + "\n")
             _sync(self.folder)
             for old in saved(self.folder.parent)[: -self.keep]:
                 shutil.rmtree(old)
+        except LockLost as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.error = error
         except Exception as error:  # safetensors has its own class for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             self.error = OSError(f"the checkpoint of step {state.step} could not be written, the one before stays: {error}")
@@ -108,36 +120,49 @@ def saved(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def newest(run: Path) -> tuple[Path, State] | RecipeError | None:
-    """The newest checkpoint whose content is what was written; a damaged one is passed over with a warning.
+class Claim(NamedTuple):
+    """A checkpoint as its name and its `state.json` have it; whether its files are what was written is not known yet."""
 
-    Where all are damaged the error is returned, not raised: one process looks, all have to learn of it.
-    """
-    found = saved(run)
-    for checkpoint in reversed(found):
+    step: int
+    digest: str  # SHA-256 of state.json, which holds those of the other files
+    path: Path
+
+
+def claims(run: Path) -> list[Claim]:
+    """What the run folder holds, oldest first."""
+    found = []
+    for checkpoint in saved(run):
         try:
-            state = State(**json.loads((checkpoint / "state.json").read_text()))
-            damaged = [name for name, digest in state.files.items() if _sha256(checkpoint / name) != digest]
-            if not damaged:
-                return checkpoint, state
-            reason = f"{damaged[0]} is not what was written"
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error)
-        log.warning("%s is damaged (%s): falling back to the one before", checkpoint, reason)
-    if found:
-        return RecipeError(f"all checkpoints in {run} are damaged: FRESH=1 or another run_dir=... starts over")
-    return None
+            found.append(Claim(int(checkpoint.name.removeprefix("step-")), _sha256(checkpoint / "state.json"), checkpoint))
+        except (OSError, ValueError) as error:
+            log.warning("%s is damaged (%s): falling back to the one before", checkpoint, error)
+    return found
 
 
-def load_weights(checkpoint: Path, state: State, model: nn.Module) -> None:
+def verified(checkpoint: Path) -> State | None:
+    """The state of a checkpoint whose files are what was written; None, with a warning, for a damaged one."""
+    try:
+        written = checkpoint / "state.sha256"  # checkpoints of before it came have none
+        if written.exists() and written.read_text().strip() != _sha256(checkpoint / "state.json"):
+            raise ValueError("state.json is not what was written")
+        state = State(**json.loads((checkpoint / "state.json").read_text()))
+        damaged = [name for name, digest in state.files.items() if _sha256(checkpoint / name) != digest]
+        if damaged:
+            raise ValueError(f"{damaged[0]} is not what was written")
+        return state
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s): falling back to the one before", checkpoint, error)
+        return None
+
+
+def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """{name: tensor} of weights and statistics, and {parameter name: whole velocity}."""
+    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "momentum.safetensors")
+
+
+def load_weights(tensors: dict[str, Tensor], state: State, model: nn.Module) -> None:
     """Bring weights and statistics back into a plain model, in place."""
-    tensors = load_file(checkpoint / "model.safetensors")
     model.load_state_dict(tensors | {name: tensors[first] for name, first in state.aliases.items()})
-
-
-def load_momentum(checkpoint: Path) -> dict[str, Tensor]:
-    """{parameter name: whole velocity}."""
-    return load_file(checkpoint / "momentum.safetensors")
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -147,18 +172,20 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: first[tensor] for name, tensor in named if first.setdefault(tensor, name) != name}
 
 
-def check_same_run(state: State, recipe: Recipe, data_fingerprint: str) -> None:
+def check_same_run(then: dict[str, Any], recipe: Recipe, data_fingerprint: str) -> None:
     """A resume must not change what the run is.
+
+    Args:
+        then: the trajectory of the run in the folder, and its "data fingerprint".
 
     Raises:
         RecipeError: names every difference and the way to start another run.
     """
-    now = json.loads(json.dumps(trajectory(recipe)))
-    changed = [f"{k}: {state.trajectory.get(k)} -> {now.get(k)}" for k in sorted({*now, *state.trajectory}) if state.trajectory.get(k) != now.get(k)]
-    if state.data_fingerprint != data_fingerprint:
-        changed.append(f"data fingerprint: {state.data_fingerprint[:12]} -> {data_fingerprint[:12]}")
+    now = json.loads(json.dumps(trajectory(recipe) | {"data fingerprint": data_fingerprint}))
+    changed = [key for key in sorted({*now, *then}) if then.get(key) != now.get(key)]
     if changed:
-        raise RecipeError(f"{recipe.run_dir} holds another run ({'; '.join(changed)}): give this one its own run_dir=...")
+        told = "; ".join(f"{key}: {str(then.get(key))[:40]} -> {str(now.get(key))[:40]}" for key in changed)
+        raise RecipeError(f"{recipe.run_dir} holds another run ({told}): give this one its own run_dir=...")
 
 
 def _name(step: int) -> str:

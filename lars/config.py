@@ -88,6 +88,7 @@ class ScheduleKeys:
 class Runtime:
     micro_batch: int | None = None  # samples of one forward; null: bn_group, else gcd(global_batch, 64)
     deterministic: bool = True  # bitwise for every number of processes; false takes DDP's own sum, faster
+    portable: bool = False  # on CPUs: the same bits on every x86-64 with AVX2, at the price of slower matrix products
     activation_checkpointing: bool = False  # less memory, one more forward
     channels_last: bool = False  # faster convolutions on GPUs
     compile: bool = False  # torch.compile
@@ -320,6 +321,10 @@ def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(
             f"data.retry_seconds={recipe.data.retry_seconds:g} must be below runtime.hang_seconds={recipe.runtime.hang_seconds:g}, "
             "or the run would be ended as hanging first"
+        )
+    if recipe.runtime.portable and recipe.runtime.compile:
+        raise RecipeError(
+            "runtime.compile=true makes kernels for this CPU, which runtime.portable=true excludes: set one of them to false"
         )
     if recipe.seed >= 2**63:
         raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")

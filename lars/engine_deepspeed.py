@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,11 +21,7 @@ _OPTIMIZERS = {0: "LARS", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimize
 class DeepSpeed(Engine):
     """A pass is one micro-step of DeepSpeed, which divides the loss, adds passes in float32 and averages over processes."""
 
-    on_cpu = False  # accelerate takes `cpu=True` for a refusal of DeepSpeed
-
     def __init__(self, recipe: Recipe, launched: Launched) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # it warns of every optimizer that is not its own; this one is tested on each stage
         logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of DeepSpeed's calls, not of ours

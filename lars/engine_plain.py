@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from lars.batch import BatchPlan
@@ -16,7 +15,7 @@ from lars.config import Recipe, RecipeError
 from lars.data.mix import group_size, mix
 from lars.ghost_batchnorm import GhostBatchNorm2d
 from lars.keyed import mix64
-from lars.launched import Launched
+from lars.launched import Launched, uses_cpu, uses_deepspeed
 from lars.optimizer import LARS
 from lars.run import unwrapped_name
 
@@ -32,22 +31,15 @@ class Engine:
     `model` is the model itself, `called` what an engine wrapped around it.
     """
 
-    on_cpu = True  # whether accelerate has to be told that there is no GPU
-
     def __init__(self, recipe: Recipe, launched: Launched) -> None:
         self.recipe, self.launched = recipe, launched
-        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        _pin_arithmetic(recipe, cpu)
-        backend = None if "WORLD_SIZE" not in os.environ else "gloo" if cpu else "nccl"  # named, or accelerate finds none
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         self.accelerator = Accelerator(
-            cpu=cpu and self.on_cpu,
+            cpu=uses_cpu() and not uses_deepspeed(),  # for accelerate `cpu=True` is a refusal of DeepSpeed
             mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
             log_with=recipe.trackers or None,
             project_dir=recipe.run_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
@@ -56,6 +48,25 @@ class Engine:
         self.name = "ddp" if ddp else launched.engine
         self.exchanges_itself = self.name != "plain"
         self.reproducibility = "bitwise" if self.name == "plain" and recipe.runtime.deterministic else "numeric"
+        self.pin_arithmetic()
+
+    def pin_arithmetic(self) -> None:
+        """Settle what changes bits: again once the engine is built, since accelerate and engines have settings of their own."""
+        tf32, deterministic = self.recipe.precision != "fp32", self.recipe.runtime.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            if self.device.type == "cpu":
+                torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a memory pass per allocation
+
+    def assert_pinned(self) -> None:
+        """Before the first step: nothing that was built since has changed what `pin_arithmetic` settled."""
+        if self.recipe.runtime.deterministic:
+            threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+            pinned = (threads, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+            assert pinned == (1, True, False), f"threads, deterministic algorithms, cuDNN's benchmark: {pinned}"
 
     def prepare(self, model: nn.Module, ghosts: list[GhostBatchNorm2d]) -> None:
         """Put the model on the device, as the recipe's `runtime` keys say."""
@@ -160,20 +171,6 @@ class Engine:
         parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
         for ghost, part in zip(self.ghosts, parts):
             ghost.update_running(*part.view(2, -1))
-
-
-def _pin_arithmetic(recipe: Recipe, cpu: bool) -> None:
-    tf32 = recipe.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if recipe.runtime.deterministic:
-        if cpu:
-            torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a memory pass per allocation
-        torch.backends.cudnn.benchmark = False
-    else:
-        torch.backends.cudnn.benchmark = True
 
 
 def _assert_processes(accelerator: Accelerator, launched: int) -> None:

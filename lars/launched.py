@@ -29,6 +29,22 @@ _ZERO_KEYS = (
 ).split()
 
 
+# What a launcher tells a process; torchrun sets all six, `srun` scripts do so by hand.
+_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process trains on the CPU: no GPU, or the launch file says so."""
+    import torch
+
+    return not torch.cuda.is_available() or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def uses_deepspeed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launch file asks for DeepSpeed."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 @dataclass(frozen=True)
 class Launched:
     """The launcher's wishes. `engine` is "plain" (one process, or data parallel), "zero0" ... "zero3" or "fsdp2"."""
@@ -44,12 +60,12 @@ class Launched:
         Raises:
             RecipeError: the launch file asks for something that would change the run.
         """
-        processes = int(environment.get("WORLD_SIZE", 1))
+        processes = process_count(environment)
         if environment.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
             raise RecipeError("the launch file sets mixed_precision: remove it, `precision` of the recipe decides")
         if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
             raise RecipeError("the launch file sets dynamo_config: remove it, runtime.compile=true compiles")
-        if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        if uses_deepspeed(environment):
             config = _read_json(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
             _check_deepspeed(config, recipe)
             launched = cls(f"zero{config['zero_optimization']['stage']}", processes, config)
@@ -62,6 +78,37 @@ class Launched:
         if recipe.runtime.compile:
             raise RecipeError(f"runtime.compile=true is for plain data parallel, not for {launched.engine}")
         return launched
+
+
+def process_count(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes the launcher has started.
+
+    Raises:
+        RecipeError: it has not told this process its place, or it started more than this machine has GPUs.
+    """
+    told = [name for name in _PROCESS if environment.get(name)]
+    if "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
+        return 1  # accelerate's launcher for one process leaves an address behind; the engine looks whether it meant several
+    if told and len(told) < len(_PROCESS):
+        missing = ", ".join(name for name in _PROCESS if name not in told)
+        raise RecipeError(
+            f"{', '.join(told)} set, but not {missing}: a launcher tells each process all six (DeepSpeed on several nodes needs "
+            "deepspeed_multinode_launcher: standard), and one process without a launcher needs none"
+        )
+    try:
+        numbers = {name: int(environment[name]) for name in told if name != "MASTER_ADDR"}
+    except ValueError as error:
+        raise RecipeError(f"a variable of the launcher is no number: {error}") from None
+    local = numbers.get("LOCAL_WORLD_SIZE", 1)
+    if local > 1 and not uses_cpu(environment):
+        import torch
+
+        if local > torch.cuda.device_count():
+            raise RecipeError(
+                f"{local} processes on this machine share {torch.cuda.device_count()} GPUs: start as many processes as GPUs "
+                "(--num_processes, NPROC=), or use launch/cpu-2.yaml"
+            )
+    return numbers.get("WORLD_SIZE", 1)
 
 
 def environment_of(launch_file: Path) -> dict[str, str]:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from lars import portable
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, model_files
+from lars.lock import LockLost, RunLock
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
 
@@ -28,6 +30,7 @@ class RunFolder:
     def __init__(self, recipe: Recipe, writes: bool) -> None:
         self.path = Path(recipe.run_dir)
         self.writes = writes
+        self.lock = RunLock(self.path)
         self.result: dict[str, Any] = {}
 
     def open(self, recipe: Recipe, config_file: Path, step: int, evaluated: bool, facts: dict[str, Any]) -> None:
@@ -35,7 +38,7 @@ class RunFolder:
 
         The evaluation of `step` itself is cut too if the checkpoint does not know it (`evaluated`): it comes again.
         """
-        before, files = read_result(self.path) if step else {}, sources(config_file)
+        before, files = read_result(self.path) if step and self.writes else {}, sources(config_file)
         self.result = {
             "recipe": recipe.name,
             "status": "running",
@@ -56,7 +59,7 @@ class RunFolder:
         }
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.check()
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
         (self.path / "sources.json").write_text(json.dumps(files, indent=1) + "\n")
         for name in ("metrics.jsonl", "ledger.jsonl"):
@@ -73,16 +76,23 @@ class RunFolder:
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         if self.writes:
+            self.lock.check()
             with open(self.path / name, "a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def end(self, status: str, **values: Any) -> None:
         """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end."""
-        if self.writes and self.result:
-            self.result.update(status=status, **values)
-            self._write_result()
+        try:
+            if self.writes and self.result:
+                self.result.update(status=status, **values)
+                self._write_result()
+        except LockLost:  # what stands there is another process's
+            return
+        finally:
+            self.lock.release()
 
     def _write_result(self) -> None:
+        self.lock.check()
         self.result["heartbeat"] = time.time()
         write_atomically(self.path / "result.json", json.dumps(self.result, indent=1) + "\n")
 
@@ -216,15 +226,13 @@ def commit() -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The numeric environment: where these agree, the promise of one hash holds."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "instructions": f"sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}" if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "system": platform.system(),
-    }
+    found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0], "system": platform.system()}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = {"device": torch.cuda.get_device_name(device), "instructions": f"sm_{major}{minor}"}
+        return {**name, "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda, **found}
+    name, flags = portable.cpu()
+    return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "cpu_flags": flags, **found}
 
 
 def versions() -> dict[str, str]:

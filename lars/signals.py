@@ -12,9 +12,10 @@ EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: start the same command again to go 
 class StopRequest:
     """Whether any process was asked to stop. All of them learn of it at the same pass, on every engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """`group` is one on the CPU (None for one process), so that nobody waits for a GPU to ask."""
         self.asked = False
-        self._group: dist.ProcessGroup | None = None
+        self._group = group
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -22,11 +23,6 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
-
-    def connect(self) -> None:
-        """Once the processes have met: a group of its own on the CPU, so that nobody waits for a GPU to ask."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
 
     def agreed(self) -> bool:
         """After each pass, by all processes: had one of them been asked by the end of the pass before?

@@ -15,10 +15,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list, gather, gather_object
+from lars import config, portable
 
-from lars import bind, checkpoint, config
+portable.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather, gather_object
+
+from lars import bind, checkpoint
+from lars.agreement import Peers, finished_steps, newest_checkpoint, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
 from lars.config import Recipe, RecipeError
@@ -28,13 +34,14 @@ from lars.data.order import Order, samples_hash
 from lars.data.source import DataError
 from lars.engine import build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
-from lars.launched import Launched
+from lars.launched import Launched, process_count
+from lars.lock import LockLost
 from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
 from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
 from lars.reduction import OrderFreeSum, StepSums
-from lars.run import RunFolder, environment, position, read_result, weights_sha256
+from lars.run import RunFolder, environment, position, sources, versions, weights_sha256
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
 from lars.watchdog import Watchdog
@@ -43,54 +50,58 @@ from lars.watchdog import Watchdog
 class Training:
     """One run of a recipe on this process."""
 
-    def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, checked: tuple[Index, Index, BatchPlan, str] | None) -> None:
-        """Start the processes. Rank 0 brings the indexes and the plan, which it has checked already."""
-        self.recipe, self.config_file = recipe, config_file
+    def __init__(
+        self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers, checked: tuple[Index, Index, BatchPlan, str] | None
+    ) -> None:
+        """The processes have met. Rank 0 brings the indexes and the plan, which it has checked already."""
+        self.recipe, self.config_file, self.peers, self.rank = recipe, config_file, peers, peers.rank
+        self.train_index, self.val_index, self.plan, self.memory = peers.broadcast(checked)
         self.engine = start_engine(recipe, launched)
-        self.stop = StopRequest()  # from here on: until the processes have met, SIGTERM ends them at once
-        self.rank = self.engine.rank
-        self.train_index, self.val_index, self.plan, self.memory = broadcast_object_list([checked])[0]
         self.folder = RunFolder(recipe, writes=self.rank == 0)
-        self.stop.connect()
-        self.watchdog = Watchdog(self.rank, self.plan.processes, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
-        self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint)
+        self.watchdog = Watchdog(peers, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
+        self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
         self.lacking: Exception | None = None  # why this process has no samples
 
     def setup(self) -> bool:
-        """Model, optimizer, schedule, sample order, the newest checkpoint; False if the run is finished already."""
-        recipe, plan = self.recipe, self.plan
+        """Agreement, model, optimizer, schedule, order, the newest checkpoint; False if the run is finished already."""
+        recipe, plan, peers = self.recipe, self.plan, self.peers
+        self.train_index, self.val_index = same_data(peers, (self.train_index, self.val_index), recipe.data)
+        self.fingerprint = fingerprint(self.train_index, self.val_index)
+        peers.agree({"data": self.fingerprint, **config.trajectory(recipe), **sources(self.config_file), **versions()})
+        self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
+        peers.together(self.folder.lock.acquire if self.rank == 0 else lambda: None)
+        self.stop = StopRequest(peers.group)  # until here SIGTERM ends the processes at once
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
-        self.fingerprint = fingerprint(self.train_index, self.val_index)
         self.model, ghosts = build_model(recipe)
         self.aliases = checkpoint.aliases(self.model)
-        momentum = self._resume()
+        momentum = self.resume()
+        if steps := finished_steps(peers, self.folder.path, recipe, self.fingerprint, self.last_step):
+            if self.rank == 0:
+                print(f"{recipe.name}: already finished after {steps} steps, see {recipe.run_dir}/result.json", flush=True)
+            return False
         self.engine.prepare(self.model, ghosts)
         optimizer = build_optimizer(recipe, self.model)
         groups = group_table(self.model, optimizer)
         self.engine.wrap(optimizer, plan)
         bind(self.engine.called, optimizer)
         self.engine.load_momentum(momentum)
+        self.engine.pin_arithmetic()
+        same_weights(peers, self.engine.weights(), self.step)
         summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         statistics = sum(2 * ghost.num_features for ghost in ghosts)
         self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
-        self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
-        before = read_result(recipe.run_dir)
-        if before.get("status") == "finished" and before["steps"] >= self.last_step:
-            if self.rank == 0:
-                print(f"{recipe.name}: already finished after {before['steps']} steps, see {recipe.run_dir}/result.json", flush=True)
-            return False
         self.audited, self.hash_at_audit = self.step, self.samples_hash
-        facts = {"reproducibility": self.engine.reproducibility, "world_size": plan.processes, "engine": self.engine.name}
-        facts |= {"data_fingerprint": self.fingerprint, "environment": environment(self.engine.device)}
-        facts |= {key: self.evaluation.get(key) for key in ("top1", "top5")}
+        promise, why, environments = strength(peers, self.engine.reproducibility, recipe, environment(self.engine.device))
+        facts = {"reproducibility": promise, "world_size": plan.processes, "engine": self.engine.name}
+        facts |= {"data_fingerprint": self.fingerprint, **environments, **{key: self.evaluation.get(key) for key in ("top1", "top5")}}
         self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
         if self.rank == 0:
-            engine = f"{self.engine.name} on {self.engine.device.type}, {self.engine.reproducibility}"
+            engine = f"{self.engine.name} on {self.engine.device.type}, {promise}{f' ({why})' if why else ''}"
             print(f"{recipe.name}: {plan.start_up_line()} | {engine}\n{self.memory}\n{groups}", flush=True)
         return True
 
@@ -102,6 +113,7 @@ class Training:
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
         batches = self.batches(slots)
         progress = Progress(recipe.name, self.step, self.last_step, shown=self.rank == 0)
+        self.engine.assert_pinned()
         try:
             while True:
                 if self.step in evaluations and self.evaluation.get("step") != self.step and not self.evaluate(progress):
@@ -119,12 +131,9 @@ class Training:
         finally:
             progress.close()
             batches.close()
-        digest = weights_sha256(self.engine.weights())
-        if len(set(gather_object([digest]))) > 1:
-            raise RuntimeError("the processes ended with different weights")
         self.writer.wait(needed=True)
-        self.folder.end("finished", weights_sha256=digest, **self.position())
-        progress.note(f"finished: {self.step} steps, weights {digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
+        self.folder.end("finished", weights_sha256=self.digest, **self.position())
+        progress.note(f"finished: {self.step} steps, weights {self.digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
         return 0
 
     def batches(self, slots: list[range]) -> Loader:
@@ -214,6 +223,7 @@ class Training:
         """Write a checkpoint (rank 0; the weights may lie in slices on all) of samples that are audited."""
         self.audit()
         weights, momentum = self.engine.weights(), self.engine.momentum()
+        self.digest = same_weights(self.peers, weights, self.step)
         if self.rank == 0:
             progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
             self.writer.save(checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe), self.aliases), weights, momentum)
@@ -239,26 +249,33 @@ class Training:
     def epoch(self) -> float:
         return round(self.step * self.plan.global_batch / self.plan.samples, 4)
 
+    def ended(self, error: str) -> None:
+        """The run has failed here: tell the other processes, and the result."""
+        self.watchdog.leave(error)
+        self.folder.end("failed", error=error)
+
     def cleanup(self) -> None:
         """End the trackers and the process group; a process that leaves its group open can abort at exit."""
         self.watchdog.end()
+        self.folder.lock.release()
         self.engine.accelerator.end_training()
 
-    def _resume(self) -> dict[str, torch.Tensor]:
+    def resume(self) -> dict[str, torch.Tensor]:
         """Load the newest checkpoint's weights and numbers; its momentum, returned, has to wait for the engine."""
-        found = broadcast_object_list([checkpoint.newest(self.folder.path) if self.rank == 0 else None])[0]
-        if isinstance(found, RecipeError):
-            raise found
+        found = newest_checkpoint(self.peers, self.folder.path)
         if found is None:
             return {}
-        saved, state = found
-        checkpoint.check_same_run(state, self.recipe, self.fingerprint)
-        checkpoint.load_weights(saved, state, self.model)
+        state, holder = found.state, found.holder
+        checkpoint.check_same_run(state.trajectory | {"data fingerprint": state.data_fingerprint}, self.recipe, self.fingerprint)
+        weights, momentum = checkpoint.read(found.path) if self.rank == holder else (None, None)
+        checkpoint.load_weights(self.peers.broadcast_tensors(weights, holder), state, self.model)
+        for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
+            self.peers.copy_file(self.folder.path / name, holder, 0)
         self.step, self.samples_hash = state.step, state.samples_hash
         self.bad_images, self.seconds, self.evaluation = state.bad_images, state.seconds, state.evaluation
         if self.rank == 0:
-            print(f"{self.recipe.name}: resuming after step {self.step} from {saved}", flush=True)
-        return checkpoint.load_momentum(saved)
+            print(f"{self.recipe.name}: resuming after step {self.step} from {found.path}", flush=True)
+        return self.peers.broadcast_tensors(momentum, holder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -270,30 +287,42 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    training = None
+    training, refused, checked = None, None, None
     try:
-        recipe = config.load(args.config, args.overrides)
-        config.import_model_file(args.config.parent)
-        launched = Launched.read(recipe)
-        checked = check(recipe, launched.engine, launched.processes if args.processes is None else args.processes) if first or args.check else None
+        processes = process_count()
+        try:
+            recipe = config.load(args.config, args.overrides)
+            config.import_model_file(args.config.parent)
+            launched = Launched.read(recipe)
+            if first or args.check:
+                checked = check(recipe, launched.engine, processes if args.processes is None else args.processes)
+        except RecipeError as error:
+            refused = error
+        if args.check and refused:
+            raise refused
         if args.check:
             print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
             return 0
-        training = Training(recipe, args.config, launched, checked)
+        training = Training(recipe, args.config, launched, Peers.meet(refused), checked)
         return training.train() if training.setup() else 0
-    except (RecipeError, ShardingError, DataError) as error:
+    except (RecipeError, ShardingError, DataError, LockLost) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if training is not None:
-            training.folder.end("failed", error=str(error))
-        return 1 if isinstance(error, DataError) else 2
+            training.ended(str(error))
+        return 1 if isinstance(error, (DataError, LockLost)) else 2
     except BaseException as error:
+        who = training and training.watchdog.blame(error)
         if training is not None:
-            training.folder.end("failed", error=f"{type(error).__name__}: {error}")
-        raise
+            training.ended(training.watchdog.say(who) if who else f"{type(error).__name__}: {error}")
+        if not who:
+            raise
+        return 1
     finally:
         if training is not None:
             training.cleanup()
+        elif dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,12 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lars.checkpoint import CheckpointWriter, State, aliases, load_momentum, load_weights, newest, saved
+from lars.agreement import Found, Peers, newest_checkpoint
+from lars.checkpoint import CheckpointWriter, State, aliases, load_weights, read, saved
 from lars.config import Checkpoint, RecipeError
 
 
 def state(step: int, tied: dict[str, str] | None = None) -> State:
     return State(step, 1, 0, 1.0, {}, "fingerprint", {}, tied or {})
+
+
+def newest(run: Path) -> Found | None:
+    """As a run of one process finds it."""
+    return newest_checkpoint(Peers(), run)
 
 
 def write(run: Path, *steps: int, keep: int = 2) -> None:
@@ -30,12 +36,12 @@ def test_keeps_the_newest_and_names_it(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000003"]
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000003\n"
-    found, numbers = newest(tmp_path)
-    assert (found, numbers.step) == (saved(tmp_path)[-1], 3)
-    assert load_momentum(found)["w"][0] == -3
+    found = newest(tmp_path)
+    assert (found.path, found.state.step) == (saved(tmp_path)[-1], 3)
+    assert [tensors["w"][0] for tensors in read(found.path)] == [3, -3]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "state.json", "state.sha256"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, 1, 2)
@@ -46,16 +52,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str,
     else:
         target.write_bytes(content[:-20] + (bytes(b ^ 1 for b in content[-20:]) if how == "flipped" else b""))
     with caplog.at_level(logging.WARNING):
-        assert newest(tmp_path)[1].step == 1
-    assert "step-00000002 is damaged" in caplog.text and "falling back" in caplog.text
+        expected = 2 if (file, how) == ("state.sha256", "gone") else 1  # checkpoints of before it came have none
+        assert newest(tmp_path).state.step == expected
+    assert ("step-00000002 is damaged" in caplog.text and "falling back" in caplog.text) == (expected == 1)
 
 
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_start(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     write(tmp_path, 1)
     (saved(tmp_path)[0] / "model.safetensors").write_bytes(b"")
-    error = newest(tmp_path)
-    assert isinstance(error, RecipeError) and "run_dir" in str(error)
+    with pytest.raises(RecipeError, match="run_dir"):
+        newest(tmp_path)
 
 
 def test_a_tied_weight_is_stored_once_and_comes_back_under_both_names(tmp_path: Path) -> None:
@@ -68,9 +75,10 @@ def test_a_tied_weight_is_stored_once_and_comes_back_under_both_names(tmp_path: 
     writer = CheckpointWriter(tmp_path, Checkpoint())
     writer.save(state(1, aliases(model)), model.state_dict(), {})
     writer.wait()
-    checkpoint, numbers = newest(tmp_path)
-    assert numbers.aliases == {"1.weight": "0.weight"} and set(load_file(checkpoint / "model.safetensors")) == {"0.weight", "0.bias"}
-    load_weights(checkpoint, numbers, other)
+    found = newest(tmp_path)
+    weights, _ = read(found.path)
+    assert found.state.aliases == {"1.weight": "0.weight"} and set(weights) == {"0.weight", "0.bias"}
+    load_weights(weights, found.state, other)
     assert torch.equal(other[1].weight, model[0].weight) and other[1].weight is other[0].weight
 
 
@@ -79,9 +87,8 @@ def test_channels_last_weights_come_back(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, Checkpoint())
     writer.save(state(1), model.state_dict(), {})
     writer.wait()
-    checkpoint, numbers = newest(tmp_path)
-    other = nn.Conv2d(3, 4, 3)
-    load_weights(checkpoint, numbers, other)
+    found, other = newest(tmp_path), nn.Conv2d(3, 4, 3)
+    load_weights(read(found.path)[0], found.state, other)
     assert torch.equal(other.weight, model.weight)
 
 
@@ -90,7 +97,7 @@ def test_training_may_change_the_weights_while_they_are_written(tmp_path: Path) 
     writer.save(state(1), {"w": w}, {})
     w.zero_()
     writer.wait()
-    assert load_file(newest(tmp_path)[0] / "model.safetensors")["w"].all()
+    assert load_file(newest(tmp_path).path / "model.safetensors")["w"].all()
 
 
 @pytest.mark.parametrize("on_error", ["go_on", "stop"])
@@ -113,8 +120,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path,
                     writer.wait(needed=True)  # a run does not end well without its last one
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(tmp_path)[1].step == 1
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(tmp_path).state.step == 1
     writer.error = None
     writer.save(state(3), {"w": torch.zeros(1 << 20)}, {})  # there is room again
     writer.wait()
-    assert newest(tmp_path)[1].step == 3
+    assert newest(tmp_path).state.step == 3

@@ -9,9 +9,10 @@ import hashlib
 import io
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Index:
     footers: tuple[bytes, ...] = ()  # of each file, as they stand at its end
     states: tuple[str, ...] = ()  # size and version of each file: a file that changes under a run ends it
     classes_per_group: float | None = None  # at most so many on average, from the footers' smallest and largest labels
+    root: str = ""  # the folder of local files
 
     @cached_property
     def samples(self) -> int:
@@ -72,6 +74,36 @@ def build_indexes(data: Data, num_classes: int) -> tuple[Index, Index]:
 def fingerprint(train: Index, val: Index) -> str:
     """One SHA-256 for both splits: the data's identity in checkpoints and results."""
     return hashlib.sha256(f"{train.fingerprint} {val.fingerprint}".encode()).hexdigest()
+
+
+def on_this_node(index: Index, data: Data, verify: bool) -> Index:
+    """Another node's index for the files of this one: paths and times of change are each node's own.
+
+    With `verify` the fingerprint is that of the files as they lie here.
+
+    Raises:
+        RecipeError: a file is not there.
+    """
+    if not index.root:
+        return index
+    root = os.path.abspath(os.path.expanduser(data.path))
+    names = tuple(os.path.join(root, os.path.relpath(name, index.root)) for name in index.files)
+    source = Source(names[0], data.retry_seconds)
+    try:
+        states = tuple(map(source.state, names))
+        footers = tuple(map(partial(_footer, source), names, states)) if verify else ()
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    digest = _digest(names, footers) if verify else index.fingerprint
+    return replace(index, files=names, states=states, root=root, fingerprint=digest)
+
+
+def _digest(names: Sequence[str], footers: Sequence[bytes]) -> str:
+    """Over base names, rows and footers: the content as far as footers tell it, never the path."""
+    digest = hashlib.sha256()
+    for name, raw in zip(names, footers):
+        digest.update(f"{os.path.basename(name)} {parse_footer(name, raw).num_rows} ".encode() + raw)
+    return digest.hexdigest()
 
 
 def resolve(data: Data) -> dict[str, list[str]]:
@@ -131,11 +163,10 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
         states = tuple(pool.map(source.state, names))
         footers = _cached(source, names, states) or tuple(pool.map(lambda name, state: _footer(source, name, state), names, states))
     _keep(source, names, states, footers)
-    digest, file, group_in_file, rows, spans, classes = hashlib.sha256(), [], [], [], [], []
+    file, group_in_file, rows, spans, classes = [], [], [], [], []
     for number, (name, raw) in enumerate(zip(names, footers)):
         metadata = parse_footer(name, raw)
         _check_columns(name, metadata.schema.to_arrow_schema(), data)
-        digest.update(f"{os.path.basename(name)} {metadata.num_rows} ".encode() + raw)
         for group in range(metadata.num_row_groups):
             rows.append(metadata.row_group(group).num_rows)
             file.append(number)
@@ -148,9 +179,10 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     if not sum(rows):
         raise RecipeError(f"split {split!r} of data.path={data.path} has no rows")
     known = float(np.mean(classes)) if len(classes) == len(rows) else None
-    return Index(
-        tuple(names), np.array(file), np.array(group_in_file), np.array(rows), digest.hexdigest(), np.array(spans), footers, states, known
-    )
+    path = os.path.expanduser(data.path)
+    root = os.path.abspath(path) if os.path.isdir(path) else ""
+    places = np.array(file), np.array(group_in_file), np.array(rows)
+    return Index(tuple(names), *places, _digest(names, footers), np.array(spans), footers, states, known, root)
 
 
 def _footer(source: Source, name: str, state: str) -> bytes:

@@ -1,0 +1,266 @@
+"""What all processes of a run must share, asked before anything is trained, written or loaded.
+
+A node with another rate, an edited source or other data would train to the end and leave weights that no recipe made. So
+the processes compare what fixes the run at the start, and the weights before every checkpoint. A node needs no disk but
+its own: the newest checkpoint that any of them sees is read once, and given to the others.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from lars import checkpoint, portable
+from lars.config import Data, Recipe, RecipeError, fixing, flatten_run
+from lars.data.index import Index, on_this_node
+from lars.launched import uses_cpu, uses_deepspeed
+from lars.run import read_result, weights_sha256
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 24  # bytes of a file that are sent at a time
+_FIRST_MEETING = timedelta(minutes=30)  # until all processes have started, and for an exchange that nobody ends
+
+
+class Peers:
+    """The processes of a run, and what they tell each other; on the CPU, so that nobody waits for a GPU."""
+
+    def __init__(self) -> None:
+        """Of a process group that is there already, or of this process alone."""
+        self.rank, self.processes, self.group = 0, 1, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo")
+        self.leads_node = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a node looks at the node's disk
+        self.nodes: list[str] = self.gather(socket.gethostname())
+
+    @classmethod
+    def meet(cls, refused: RecipeError | None) -> Peers:
+        """Start the process group of the launcher, on which accelerate and the engines go on.
+
+        A process that cannot begin comes too, to say so: one that stayed away would leave the others waiting.
+
+        Raises:
+            RecipeError: on all processes, the first that one of them brought.
+        """
+        if "WORLD_SIZE" in os.environ:
+            backend = "gloo" if uses_cpu() else "nccl"  # named, or accelerate finds none on a CPU
+            if uses_deepspeed() and uses_cpu():
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the engine pins the threads
+            PartialState(cpu=uses_cpu() and not uses_deepspeed(), backend=backend, timeout=_FIRST_MEETING)
+        peers = cls()
+        peers.share(refused)
+        return peers
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, in order of rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The value of the process `source`."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self.group)
+        return values[0]
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
+        """Tensors of any type on the CPU, from the process that has them to those that give None."""
+        if self.group is None:
+            return tensors
+        described = None if tensors is None else [(name, t.shape, t.dtype) for name, t in tensors.items()]
+        described = self.broadcast(described, source)
+        tensors = tensors or {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in described}
+        for tensor in tensors.values():
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=self.group)
+        return tensors
+
+    def copy_file(self, file: Path, source: int, target: int) -> None:
+        """Give a file (that may not be there) from one process to another, over whatever that one has."""
+        sent = open(file, "rb") if self.rank == source and file.is_file() else None
+        taken = open(file, "wb") if self.rank == target else None
+        while chunk := self.broadcast(sent.read(_CHUNK) if sent else b"", source):
+            if taken:
+                taken.write(chunk)
+        for stream in (sent, taken):
+            if stream:
+                stream.close()
+
+    def share(self, refused: RecipeError | None) -> None:
+        """Raise on all processes what one of them would raise alone.
+
+        Raises:
+            RecipeError: the first one's, with its rank and node where it is not rank 0's.
+        """
+        found = [(rank, str(error)) for rank, error in enumerate(self.gather(refused)) if error is not None]
+        if found:
+            rank, error = found[0]
+            raise RecipeError(f"{self.name(rank)}: {error}" if rank else error)
+
+    def together(self, action: Callable[[], T]) -> T | None:
+        """Do what may be refused on this process alone, and end on all if it was."""
+        result, refused = None, None
+        try:
+            result = action()
+        except RecipeError as error:
+            refused = error
+        self.share(refused)
+        return result
+
+    def differences(self, facts: Mapping[str, Any]) -> list[tuple[int, str, Any, Any]]:
+        """(rank, key, its value, rank 0's value): the first key of each process in which it differs from rank 0.
+
+        Rank 0 sends its facts once and the others compare, so that thousands of processes do not all read each other's.
+        """
+        reference = self.broadcast(dict(facts))
+        keys = (key for key in {**reference, **facts} if reference.get(key) != facts.get(key))
+        first = next(((key, facts.get(key), reference.get(key)) for key in keys), None)
+        return [(rank, *found) for rank, found in enumerate(self.gather(first)) if found]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Go on only if all processes hold the same facts.
+
+        Raises:
+            RecipeError: on all processes; names the node, the key and both values.
+        """
+        for rank, key, theirs, ours in self.differences(facts):
+            raise RecipeError(
+                f"{self.name(rank)} has {key}={_short(theirs)}, {self.name(0)} has {_short(ours)}: all processes of a run need "
+                "the same recipe, sources, versions and data"
+            )
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} on {self.nodes[rank]}"
+
+
+class Found(NamedTuple):
+    """The checkpoint that all processes go on from."""
+
+    holder: int  # the process that has read it
+    path: Path
+    state: checkpoint.State
+    held_by_writer: bool  # whether rank 0, which writes the run folder, sees it too
+
+
+def newest_checkpoint(peers: Peers, run: Path) -> Found | None:
+    """The newest checkpoint that any node sees and that is what was written; one process reads it, nobody else.
+
+    Raises:
+        RecipeError: two nodes hold different checkpoints of the same step, or all there are are damaged.
+    """
+    damaged: set[Path] = set()
+    while True:
+        claims = [c for c in checkpoint.claims(run) if c.path not in damaged] if peers.leads_node else []
+        offered = peers.gather((claims[-1].step, claims[-1].digest) if claims else None)
+        if not any(offered):
+            if any(peers.gather(bool(damaged))):
+                raise RecipeError(f"all checkpoints in {run} are damaged: FRESH=1 or another run_dir=... starts over")
+            return None
+        step = max(offer[0] for offer in offered if offer)
+        holders: dict[str, int] = {}
+        for rank, offer in enumerate(offered):
+            if offer and offer[0] == step:
+                holders.setdefault(offer[1], rank)
+        mine = claims[-1].path if peers.rank in holders.values() else None
+        state = checkpoint.verified(mine) if mine else None
+        if mine and state is None:
+            damaged.add(mine)
+        whole = peers.gather(state is not None)
+        if not all(whole[rank] for rank in holders.values()):
+            continue
+        if len(holders) > 1:
+            (one, first), (other, second) = list(holders.items())[:2]
+            raise RecipeError(
+                f"{peers.name(first)} and {peers.name(second)} hold different checkpoints of step {step} ({one[:12]} and "
+                f"{other[:12]}): remove the one of another run, or give this run its own run_dir=..."
+            )
+        (digest, holder), = holders.items()
+        path, state = peers.broadcast((mine, state), holder)
+        return Found(holder, path, state, offered[0] == (step, digest))
+
+
+def finished_steps(peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, last_step: int) -> int | None:
+    """The steps of this run if a node holds its end, so that nobody trains it again; decided once, for all.
+
+    Raises:
+        RecipeError: the folder holds the end of another run, or its `result.json` is damaged.
+    """
+
+    def look() -> int | None:
+        before = read_result(run) if peers.leads_node else {}
+        if before.get("status") != "finished":
+            return None
+        then = fixing(flatten_run(run)) | {"data fingerprint": before.get("data_fingerprint")}
+        checkpoint.check_same_run(then, recipe, data_fingerprint)
+        return before["steps"] if before["steps"] >= last_step else None
+
+    return max(filter(None, peers.gather(peers.together(look))), default=None)
+
+
+def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[Index, Index]:
+    """Rank 0's indexes for the files of this node, with the fingerprint that they have here.
+
+    Raises:
+        RecipeError: on all processes; a file is not there.
+    """
+    if peers.rank == 0:
+        return peers.together(lambda: indexes)
+    return peers.together(lambda: tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes))
+
+
+def same_weights(peers: Peers, weights: dict[str, Tensor], step: int) -> str:
+    """The SHA-256 of weights that all processes share.
+
+    Raises:
+        RuntimeError: on all processes; they do not.
+    """
+    digests = peers.gather(weights_sha256(weights))
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise RuntimeError(f"step {step}: {peers.name(different[0])} has other weights than rank 0; they are not saved")
+    return digests[0]
+
+
+def strength(peers: Peers, promised: str, recipe: Recipe, environment: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """The strength of this run's promise, why it is not the one to be expected, and the environments for the result.
+
+    Args:
+        promised: what the engine gives, "bitwise" or "numeric".
+        environment: this process's numeric environment.
+    """
+    everybody = peers.gather(environment)
+    others = [{"rank": rank, **other} for rank, other in enumerate(everybody) if other not in everybody[:rank]][1:]
+    found = {"environment": everybody[0], "other_environments": others}
+    if promised == "numeric":
+        return promised, "", found
+    hindered = [None] * peers.processes
+    if recipe.runtime.portable:
+        hindered = peers.gather(portable.obstacle() if uses_cpu() else "it runs on a GPU")
+    of_the_cpu = {"device", "cpu_flags"} if recipe.runtime.portable and not any(hindered) else set()
+    for other in others:
+        for key in sorted(other.keys() - {"rank", "python", *of_the_cpu}):
+            if other[key] != everybody[0].get(key):
+                ours = _short(everybody[0].get(key))
+                return "numeric", f"{peers.name(other['rank'])} has {key} {_short(other[key])}, not {ours}", found
+    if of_the_cpu:
+        return "portable", "", found
+    return promised, next((f"not portable on {peers.name(rank)}: {why}" for rank, why in enumerate(hindered) if why), ""), found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
