@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from lars import checkpoint, portable
 from lars.config import Data, Recipe, RecipeError, fixing, flatten_run
@@ -59,8 +59,17 @@ class Peers:
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the engine pins the threads
             PartialState(cpu=uses_cpu() and not uses_deepspeed(), backend=backend, timeout=_FIRST_MEETING)
         peers = cls()
-        peers.share(refused)
+        try:
+            peers.share(refused)
+        except RecipeError:
+            peers.part()
+            raise
         return peers
+
+    def part(self) -> None:
+        """End the process group; a process that leaves it open can abort at exit."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, in order of rank."""
@@ -191,6 +200,29 @@ def newest_checkpoint(peers: Peers, run: Path) -> Found | None:
         (digest, holder), = holders.items()
         path, state = peers.broadcast((mine, state), holder)
         return Found(holder, path, state, offered[0] == (step, digest))
+
+
+def resume(
+    peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, model: nn.Module
+) -> tuple[checkpoint.State | None, dict[str, Tensor]]:
+    """Load the newest checkpoint's weights into a plain model on all processes; its numbers and its momentum.
+
+    Raises:
+        RecipeError: from `newest_checkpoint`, or the checkpoint is of another run.
+    """
+    found = newest_checkpoint(peers, run)
+    if found is None:
+        return None, {}
+    state, holder = found.state, found.holder
+    then = state.trajectory | {"data fingerprint": state.data_fingerprint}
+    checkpoint.check_same_run(then, recipe, data_fingerprint)
+    weights, momentum = checkpoint.read(found.path) if peers.rank == holder else (None, None)
+    checkpoint.load_weights(peers.broadcast_tensors(weights, holder), state, model)
+    for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
+        peers.copy_file(run / name, holder, 0)
+    if peers.rank == 0:
+        print(f"{recipe.name}: resuming after step {state.step} from {found.path}", flush=True)
+    return state, peers.broadcast_tensors(momentum, holder)
 
 
 def finished_steps(peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, last_step: int) -> int | None:

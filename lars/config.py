@@ -246,6 +246,12 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
     return fixing(flatten(recipe))
 
 
+def shared(recipe: Recipe) -> dict[str, Any]:
+    """The flat keys that all processes need alike: all but those that say where a node keeps its things, and how fast it reads."""
+    own = ("name", "run_dir", "data.path", "data.workers", "data.retry_seconds", "trackers")
+    return {k: v for k, v in flatten(recipe).items() if k not in own}
+
+
 def fixing(flat: dict[str, Any]) -> dict[str, Any]:
     """Of flat keys those that fix the run."""
     return {k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS}

@@ -17,6 +17,7 @@ from lars.ghost_batchnorm import GhostBatchNorm2d
 from lars.keyed import mix64
 from lars.launched import Launched, uses_cpu, uses_deepspeed
 from lars.optimizer import LARS
+from lars.reduction import OrderFreeSum
 from lars.run import unwrapped_name
 
 _DROPOUT = 4  # what a random key is for
@@ -92,6 +93,12 @@ class Engine:
         if self.exchanges_itself:
             self.called = self.accelerator.prepare_model(self.called)
             assert isinstance(self.called, nn.parallel.DistributedDataParallel), type(self.called)
+
+    def sums(self, passes: int, counts: int) -> OrderFreeSum:
+        """What adds a step of `passes` passes: loss and statistics, and the gradient where the engine does not exchange it."""
+        named = [] if self.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        statistics = sum(2 * ghost.num_features for ghost in self.ghosts)
+        return OrderFreeSum(named, passes, floats=1 + statistics, counts=counts, device=self.device)
 
     def forward(self, images: Tensor, labels: Tensor, step: int, pass_index: int) -> Tensor:
         """The mean loss of one pass; dropout depends on (seed, step, pass) alone.

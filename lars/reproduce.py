@@ -22,6 +22,7 @@ from rich.console import Console
 from lars import config
 from lars.config import RecipeError
 from lars.launched import environment_of
+from lars.lock import RunLock
 from lars.report import report
 from lars.run import diverged, read_result, set_aside, sources
 
@@ -69,6 +70,9 @@ def prepare_folder(run: Path, recipe: Path, fresh: bool, say: Callable[[str], No
     changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name)) if before else []
     spoiled = before.get("status") == "finished" or diverged(before)
     if before and (fresh or changed and spoiled):
+        lock = RunLock(run)
+        lock.acquire()  # refuses a run that is still being written
+        lock.release()
         why = "FRESH=1" if fresh else f"changed since: {', '.join(changed)}"
         say(f"{run}: earlier run set aside as {set_aside(run)} ({why})")
     elif changed:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,21 @@ class RunFolder:
         self.path = Path(recipe.run_dir)
         self.writes = writes
         self.lock = RunLock(self.path)
+        self.tracker: Callable[..., None] | None = None  # accelerate's `log`, which sends numbers to all trackers
         self.result: dict[str, Any] = {}
 
-    def open(self, recipe: Recipe, config_file: Path, step: int, evaluated: bool, facts: dict[str, Any]) -> None:
+    def open(self, recipe: Recipe, config_file: Path, step: int, evaluation: dict[str, float], facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`.
 
-        The evaluation of `step` itself is cut too if the checkpoint does not know it (`evaluated`): it comes again.
+        The evaluation of `step` itself is cut too if it is not `evaluation`, the checkpoint's last one: it comes again.
         """
         before, files = read_result(self.path) if step and self.writes else {}, sources(config_file)
         self.result = {
             "recipe": recipe.name,
             "status": "running",
             "heartbeat": None,
-            "top1": None,
-            "top5": None,
+            "top1": evaluation.get("top1"),
+            "top5": evaluation.get("top5"),
             "steps": step,
             "epochs": None,
             "images": step * recipe.global_batch,
@@ -63,14 +65,20 @@ class RunFolder:
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
         (self.path / "sources.json").write_text(json.dumps(files, indent=1) + "\n")
         for name in ("metrics.jsonl", "ledger.jsonl"):
-            _cut_back(self.path / name, step, evaluated)
+            _cut_back(self.path / name, step, evaluated=evaluation.get("step") == step)
         self._write_result()
 
     def log(self, kind: str, **values: Any) -> None:
-        """Append a line to metrics.jsonl; `result.json` is refreshed with evaluations and at most once a second."""
+        """Append a line to metrics.jsonl; `result.json` is refreshed with evaluations and at most once a second.
+
+        Trackers get the numbers of training and evaluation as train/loss, eval/top1 and so on.
+        """
         if kind == "eval":
             self.result.update(top1=values["top1"], top5=values["top5"])
         self.append("metrics.jsonl", {"kind": kind, **values})
+        if self.tracker and kind in ("train", "eval"):
+            numbers = {f"{kind}/{key}": value for key, value in values.items() if key not in ("step", "epoch")}
+            self.tracker(numbers, step=values["step"])
         if self.writes and (kind == "eval" or time.time() - (self.result["heartbeat"] or 0) > 1):
             self._write_result()
 

@@ -20,27 +20,24 @@ from lars import config, portable
 portable.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather, gather_object
-
-from lars import bind, checkpoint
-from lars.agreement import Peers, finished_steps, newest_checkpoint, same_data, same_weights, strength
+from lars import ShardingError, bind, checkpoint
+from lars.agreement import Peers, finished_steps, resume, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
 from lars.config import Recipe, RecipeError
 from lars.data.index import Index, fingerprint
 from lars.data.loader import Loader, training_batches
-from lars.data.order import Order, samples_hash
+from lars.data.order import Audit, Order, samples_hash
 from lars.data.source import DataError
-from lars.engine import build_model, build_optimizer, start_engine
+from lars.engine import Engine, build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched, process_count
 from lars.lock import LockLost
 from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
-from lars.optimizer import ShardingError
 from lars.progress import Progress, group_table
-from lars.reduction import OrderFreeSum, StepSums
+from lars.reduction import StepSums
 from lars.run import RunFolder, environment, position, sources, versions, weights_sha256
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
@@ -50,36 +47,37 @@ from lars.watchdog import Watchdog
 class Training:
     """One run of a recipe on this process."""
 
-    def __init__(
-        self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers, checked: tuple[Index, Index, BatchPlan, str] | None
-    ) -> None:
-        """The processes have met. Rank 0 brings the indexes and the plan, which it has checked already."""
-        self.recipe, self.config_file, self.peers, self.rank = recipe, config_file, peers, peers.rank
-        self.train_index, self.val_index, self.plan, self.memory = peers.broadcast(checked)
-        self.engine = start_engine(recipe, launched)
+    def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers) -> None:
+        self.recipe, self.config_file, self.launched, self.peers, self.rank = recipe, config_file, launched, peers, peers.rank
         self.folder = RunFolder(recipe, writes=self.rank == 0)
         self.watchdog = Watchdog(peers, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
         self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
         self.lacking: Exception | None = None  # why this process has no samples
+        self.engine: Engine | None = None
 
-    def setup(self) -> bool:
-        """Agreement, model, optimizer, schedule, order, the newest checkpoint; False if the run is finished already."""
-        recipe, plan, peers = self.recipe, self.plan, self.peers
-        self.train_index, self.val_index = same_data(peers, (self.train_index, self.val_index), recipe.data)
-        self.fingerprint = fingerprint(self.train_index, self.val_index)
-        peers.agree({"data": self.fingerprint, **config.trajectory(recipe), **sources(self.config_file), **versions()})
+    def setup(self, checked: tuple[Index, Index, BatchPlan, str] | None) -> bool:
+        """Agreement on what rank 0 has `checked`, engine, model, the newest checkpoint; False if the run is finished already."""
+        recipe, peers = self.recipe, self.peers
+        train_index, val_index, self.plan, memory = peers.broadcast(checked)
+        self.train_index, self.val_index = same_data(peers, (train_index, val_index), recipe.data)
+        self.fingerprint, plan = fingerprint(self.train_index, self.val_index), self.plan
+        shared = {"the launch file's engine": self.launched.engine, "data fingerprint": self.fingerprint, **config.shared(recipe)}
+        peers.agree({**shared, **sources(self.config_file), **versions()})
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         peers.together(self.folder.lock.acquire if self.rank == 0 else lambda: None)
+        self.engine = start_engine(recipe, self.launched)
         self.stop = StopRequest(peers.group)  # until here SIGTERM ends the processes at once
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.model, ghosts = build_model(recipe)
         self.aliases = checkpoint.aliases(self.model)
-        momentum = self.resume()
+        state, momentum = resume(peers, self.folder.path, recipe, self.fingerprint, self.model)
+        if state:
+            self.step, self.samples_hash, self.bad_images = state.step, state.samples_hash, state.bad_images
+            self.seconds, self.evaluation = state.seconds, state.evaluation
         if steps := finished_steps(peers, self.folder.path, recipe, self.fingerprint, self.last_step):
-            if self.rank == 0:
-                print(f"{recipe.name}: already finished after {steps} steps, see {recipe.run_dir}/result.json", flush=True)
+            self.say(f"already finished after {steps} steps, see {recipe.run_dir}/result.json")
             return False
         self.engine.prepare(self.model, ghosts)
         optimizer = build_optimizer(recipe, self.model)
@@ -89,20 +87,18 @@ class Training:
         self.engine.load_momentum(momentum)
         self.engine.pin_arithmetic()
         same_weights(peers, self.engine.weights(), self.step)
-        summed = [] if self.engine.exchanges_itself else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        statistics = sum(2 * ghost.num_features for ghost in ghosts)
-        self.sums = OrderFreeSum(summed, plan.passes, floats=1 + statistics, counts=3, device=self.engine.device)
-        self.audited, self.hash_at_audit = self.step, self.samples_hash
+        self.sums = self.engine.sums(plan.passes, counts=3)
+        self.audit = Audit(self.order, self.step, self.samples_hash)
         promise, why, environments = strength(peers, self.engine.reproducibility, recipe, environment(self.engine.device))
         facts = {"reproducibility": promise, "world_size": plan.processes, "engine": self.engine.name}
-        facts |= {"data_fingerprint": self.fingerprint, **environments, **{key: self.evaluation.get(key) for key in ("top1", "top5")}}
-        self.folder.open(recipe, self.config_file, self.step, self.evaluation.get("step") == self.step, facts)
+        facts |= {"data_fingerprint": self.fingerprint, **environments}
+        self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
-        if self.rank == 0:
-            engine = f"{self.engine.name} on {self.engine.device.type}, {promise}{f' ({why})' if why else ''}"
-            print(f"{recipe.name}: {plan.start_up_line()} | {engine}\n{self.memory}\n{groups}", flush=True)
+            self.folder.tracker = self.engine.accelerator.log
+        engine = f"{self.engine.name} on {self.engine.device.type}, {promise}{f' ({why})' if why else ''}"
+        self.say(f"{plan.start_up_line()} | {engine}\n{memory}\n{groups}")
         return True
 
     def train(self) -> int:
@@ -200,7 +196,7 @@ class Training:
 
     def evaluate(self, progress: Progress) -> bool:
         """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split; False if stopped."""
-        self.audit()
+        self.audit.check(self.step, self.samples_hash)
         started = time.perf_counter()
         result, self.lacking = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping, lambda: self.stop.asked)
         if result is None:
@@ -208,20 +204,12 @@ class Training:
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
         self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
         self.mllog.evaluation(self.step, time.perf_counter() - started, result["top1"])
-        self.track({"eval/loss": result["loss"], "eval/top1": result["top1"]})
         progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
         return True
 
-    def audit(self) -> None:
-        """What the ranks consumed since the last audit must be what the pure order says."""
-        expected = (self.hash_at_audit + self.order.hash(self.audited, self.step)) % 2**64
-        if self.samples_hash != expected:
-            raise RuntimeError(f"the samples consumed up to step {self.step} are not those of the order: {self.samples_hash:016x}, not {expected:016x}")
-        self.audited, self.hash_at_audit = self.step, self.samples_hash
-
     def save(self) -> None:
         """Write a checkpoint (rank 0; the weights may lie in slices on all) of samples that are audited."""
-        self.audit()
+        self.audit.check(self.step, self.samples_hash)
         weights, momentum = self.engine.weights(), self.engine.momentum()
         self.digest = same_weights(self.peers, weights, self.step)
         if self.rank == 0:
@@ -235,12 +223,7 @@ class Training:
         self.folder.log("train", step=self.step, epoch=self.epoch, **values)
         if self.plan.ends_hundredth(self.step) and (ratios := self.engine.trust_ratios()):
             self.folder.log("trust", step=self.step, epoch=self.epoch, ratios=ratios)
-        self.track({f"train/{name}": value for name, value in values.items()})
         progress.step(self.step, loss, lr, rate, waited)
-
-    def track(self, values: dict[str, float]) -> None:
-        if self.recipe.trackers:
-            self.engine.accelerator.log(values, step=self.step)
 
     def position(self) -> dict[str, object]:
         return position(self.step, self.plan, self.seconds, self.samples_hash)
@@ -258,24 +241,13 @@ class Training:
         """End the trackers and the process group; a process that leaves its group open can abort at exit."""
         self.watchdog.end()
         self.folder.lock.release()
-        self.engine.accelerator.end_training()
+        if self.engine:
+            self.engine.accelerator.end_training()
+        self.peers.part()
 
-    def resume(self) -> dict[str, torch.Tensor]:
-        """Load the newest checkpoint's weights and numbers; its momentum, returned, has to wait for the engine."""
-        found = newest_checkpoint(self.peers, self.folder.path)
-        if found is None:
-            return {}
-        state, holder = found.state, found.holder
-        checkpoint.check_same_run(state.trajectory | {"data fingerprint": state.data_fingerprint}, self.recipe, self.fingerprint)
-        weights, momentum = checkpoint.read(found.path) if self.rank == holder else (None, None)
-        checkpoint.load_weights(self.peers.broadcast_tensors(weights, holder), state, self.model)
-        for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
-            self.peers.copy_file(self.folder.path / name, holder, 0)
-        self.step, self.samples_hash = state.step, state.samples_hash
-        self.bad_images, self.seconds, self.evaluation = state.bad_images, state.seconds, state.evaluation
+    def say(self, text: str) -> None:
         if self.rank == 0:
-            print(f"{self.recipe.name}: resuming after step {self.step} from {found.path}", flush=True)
-        return self.peers.broadcast_tensors(momentum, holder)
+            print(f"{self.recipe.name}: {text}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -294,17 +266,17 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = config.load(args.config, args.overrides)
             config.import_model_file(args.config.parent)
             launched = Launched.read(recipe)
-            if first or args.check:
-                checked = check(recipe, launched.engine, processes if args.processes is None else args.processes)
+            asked = processes if args.processes is None else args.processes
+            checked = check(recipe, launched.engine, asked) if first or args.check else None
         except RecipeError as error:
             refused = error
-        if args.check and refused:
-            raise refused
         if args.check:
+            if refused:
+                raise refused
             print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
             return 0
-        training = Training(recipe, args.config, launched, Peers.meet(refused), checked)
-        return training.train() if training.setup() else 0
+        training = Training(recipe, args.config, launched, Peers.meet(refused))
+        return training.train() if training.setup(checked) else 0
     except (RecipeError, ShardingError, DataError, LockLost) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -321,8 +293,6 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if training is not None:
             training.cleanup()
-        elif dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

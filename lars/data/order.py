@@ -124,3 +124,24 @@ def samples_hash(step: int, slots: range, ids: np.ndarray) -> int:
     `step` counts from 0 as everywhere in this file; files for people number steps from 1.
     """
     return int(mix64(step + 1, np.arange(slots.start, slots.stop), ids).sum(dtype=np.uint64))
+
+
+class Audit:
+    """Compares what the processes have consumed with what the pure order says, from one check to the next."""
+
+    def __init__(self, order: Order, step: int, found: int) -> None:
+        """`found` is the `samples_hash` of a run after `step`, which was checked when it was saved."""
+        self.order, self.step, self.hash = order, step, found
+
+    def check(self, step: int, found: int) -> None:
+        """After `step`, before anything is saved or evaluated.
+
+        Raises:
+            RuntimeError: other samples were consumed.
+        """
+        expected = (self.hash + self.order.hash(self.step, step)) % 2**64
+        if found != expected:
+            raise RuntimeError(
+                f"the samples consumed up to step {step} are not those of the order: {found:016x}, not {expected:016x}"
+            )
+        self.step, self.hash = step, found

@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import DEMO, play, start_ranks
 from data.server import serve
+from lars.agreement import Peers, newest_checkpoint
 from lars.run import read_lines, read_result
 
 RECIPE = DEMO / "resnet50.yaml"
@@ -123,9 +124,7 @@ def test_every_kind_of_damage_is_replaced_counted_and_told_the_same_at_any_numbe
             assert f"sample {sample} cannot be decoded" in said, sample
     one, two = (read_result(tmp_path / str(processes)) for processes in (1, 2))
     assert one["weights_sha256"] == two["weights_sha256"] and one["samples_hash"] == two["samples_hash"]
-    from lars.checkpoint import newest
-
-    assert newest(tmp_path / "1")[1].bad_images == len(DAMAGE) + 1 + 0  # 11 steps of 96 are one epoch and 47 samples
+    assert newest_checkpoint(Peers(), tmp_path / "1").state.bad_images == len(DAMAGE) + 1 + 0  # 11 steps of 96 are one epoch and 47 samples
 
 
 def test_more_damage_than_the_recipe_allows_stops_the_run(tmp_path: Path, tiny: tuple[str, ...]) -> None:
