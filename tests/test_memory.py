@@ -39,6 +39,7 @@ def test_the_line_says_what_the_keys_change() -> None:
         lines[key] = memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
     mib = {key: int(line.split(" + ")[1].split()[0]) for key, line in lines.items()}
     assert "9 MiB of state (24 bytes x 387,306 weights)" in lines["seed=0"]
+    # whole MiB: half of one in the larger figure and one in twice the smaller are less than two
     assert mib["runtime.micro_batch=64"] == pytest.approx(2 * mib["seed=0"], abs=1)
     assert mib["precision=bf16"] < mib["seed=0"] and mib["runtime.activation_checkpointing=true"] < mib["seed=0"]
     recipe = config.load(DEMO / "resnet50.yaml", ["runtime.deterministic=false"])

@@ -58,22 +58,23 @@ def test_all_reduce_against_hand_computed_seconds() -> None:
 
 
 def test_counts_of_known_models() -> None:
-    """4.09 and 0.72 billion multiply-adds of a forward, as the literature has them."""
+    """4.09 and 0.72 billion multiply-adds of a forward, as the literature has them: to half of its last digit."""
     resnet = count(create_model("resnet50"), 2, 224)
-    assert resnet.flops / 2 == pytest.approx(4.09e9, rel=0.01) and resnet.weights == 25_557_032
+    assert resnet.flops / 2 == pytest.approx(4.09e9, abs=0.005e9) and resnet.weights == 25_557_032
     assert (resnet.flops, resnet.operations) == (RESNET50.flops, RESNET50.operations)
-    assert resnet.kept_bytes == pytest.approx(RESNET50.kept_bytes, rel=0.01)
+    # a pass also keeps mean and deviation of 26,560 channels: shared by 2 images here, by 64 in RESNET50
+    assert resnet.kept_bytes == RESNET50.kept_bytes + 2 * 4 * 26_560 * (1 / 2 - 1 / 64)
     config.import_model_file(ROOT / "recipes/alexnet")
     alexnet = count(create_model("alexnet"), 2, 227)
-    assert alexnet.flops / 2 == pytest.approx(0.72e9, rel=0.01) and alexnet.weights == 60_965_224
+    assert alexnet.flops / 2 == pytest.approx(0.72e9, abs=0.005e9) and alexnet.weights == 60_965_224
 
 
 def test_an_image_on_both_sides_of_the_roofline() -> None:
-    # 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
+    # four digits by hand: 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
     peak = {"fp32": 1e14, "bf16": 1e14}
     device = replace(cluster("h100-8").device, peak=peak, efficiency=0.5, memory_bandwidth=1e12, memory_passes=10)
-    assert image_seconds(device, RESNET50, "fp32") == pytest.approx(8.591e-4, rel=1e-3)
-    assert image_seconds(device, RESNET50, "bf16") == pytest.approx(4.907e-4, rel=1e-3)
+    assert image_seconds(device, RESNET50, "fp32") == pytest.approx(8.591e-4, abs=0.5e-7)
+    assert image_seconds(device, RESNET50, "bf16") == pytest.approx(4.907e-4, abs=0.5e-7)
     measured = replace(device, images_per_second=500)
     assert image_seconds(measured, RESNET50, "bf16") == pytest.approx(1 / 500)
     assert image_seconds(measured, replace(RESNET50, flops=2 * RESNET50.flops), "bf16") == pytest.approx(2 / 500)
@@ -228,4 +229,4 @@ def test_committed_predictions_are_what_the_model_says_now() -> None:
 
     committed = {row["run"]: row["predicted_seconds"] for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]}
     for row in rows():
-        assert predicted(row) == pytest.approx(committed[row.run], rel=1e-3), row.run
+        assert predicted(row) == pytest.approx(committed[row.run], abs=0.0005 + 1e-9), row.run  # three decimals are written

@@ -44,7 +44,8 @@ def test_predictions_are_the_plans(name: str) -> None:
     model = name.split("/")[0]
     recipe = next(r for r in recipes_of(Path("recipes", model)) if r.name == name)
     for said, planned in zip(as_written(model)[name], predict(recipe), strict=True):
-        assert said.micro_batch == planned.micro_batch and said.hours == pytest.approx(planned.hours, abs=0.051)
+        half = 0.05 if planned.hours < 10 else 0.5  # of the last digit that `row_of` prints
+        assert said.micro_batch == planned.micro_batch and abs(said.hours - planned.hours) <= half + 1e-9
     assert len(DEVICES) == 2
 
 

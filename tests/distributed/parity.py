@@ -192,13 +192,14 @@ def measure(engine: str, processes: int, control: Path, tiny: tuple[str, ...], f
 def measure_timm(engine: str, processes: int, control: Path, tiny: tuple[str, ...], folder: Path) -> dict:
     """One row of the disease: timm's LARS on ZeRO against timm's LARS in one process, from the same weights."""
     row = {"engine": engine, "optimizer": "timm Lars", "processes": processes, "difference": {}}
+    allowed = max(max(bounds(control, step, tiny).values()) for step in POINTS.values())  # ours of the same gradients
     for point, step in POINTS.items():
         alone, _ = one_step("plain", 1, control, step, tiny, folder / "alone", first=take_timm)
         sharded, _ = one_step(engine, processes, control, step, tiny, folder / "sharded", first=take_timm)
         before = weights_after(control, step)
         worst = max((float((sharded[n] - w).norm() / (w - before[n]).norm()) for n, w in alone.items()), key=lambda x: (x != x, x))
         row["difference"][point] = worst if math.isfinite(worst) else None
-    exact = all(difference is not None and difference < 1e-3 for difference in row["difference"].values())
+    exact = all(difference is not None and difference <= allowed for difference in row["difference"].values())
     return row | {"verdict": "PASS" if exact else "FAIL"}
 
 

@@ -48,8 +48,9 @@ def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: i
     weights, printed = one_step(engine, processes, control, 2, tiny, run)
     assert_same_step(weights, control, 2, tiny)
     momentum, theirs = (load_file(r / "checkpoints/step-00000003/momentum.safetensors") for r in (run, control))
-    for name, velocity in theirs.items():  # float32 holds 7 digits, a step's rounding leaves 4 of them (see parity.py)
-        torch.testing.assert_close(momentum[name], velocity, rtol=0, atol=1e-4 * float(velocity.norm()))
+    allowed = bounds(control, 2, tiny)  # relative to the step, which is the velocity
+    for name, velocity in theirs.items():
+        assert (momentum[name] - velocity).norm() <= allowed[name] * velocity.norm(), name
     if engine != "ddp" or processes > 1:
         assert [tuple(built) for built in told(printed, "built")] == [BUILT[engine]] * processes
     expected = 0 if engine in ("ddp", "zero0") else 1  # one all-reduce in all, whatever the number of parameter groups
@@ -58,7 +59,8 @@ def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: i
     assert (result["engine"], result["reproducibility"], result["world_size"]) == (engine if processes > 1 or engine != "ddp" else "plain", "numeric", processes)
     assert result["weights_sha256"] == weights_sha256(load_file(run / "checkpoints/step-00000003/model.safetensors"))
     ratios, control_ratios = (next(x for x in read_lines(r / "metrics.jsonl", "trust") if x["step"] == 3)["ratios"] for r in (run, control))
-    assert ratios == pytest.approx(control_ratios, rel=1e-3) and len(ratios) > 10  # four digits are logged; all layers, whoever holds them
+    # four digits are logged, so the last may differ by one: 1e-3 of a number that begins with 1000. All layers, whoever holds them
+    assert ratios == pytest.approx(control_ratios, rel=1e-3 + 1e-9) and len(ratios) > 10
     assert read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199  # 25 chunks: not the same number on each process
 
 
@@ -272,4 +274,5 @@ def test_deepspeed_s_own_bf16_section_trains_saves_and_resumes(stage: int, tiny:
     plain = tmp_path / "plain"
     play(1, RECIPE, *tiny, "precision=bf16", "max_steps=4", f"run_dir={plain}", log=tmp_path / "log")
     losses = [[line["loss"] for line in read_lines(r / "metrics.jsonl", "train")] for r in (run, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # the same run as far as bf16 weights (8 bits) can tell
+    # as far as 8 bits can tell: 27 layers on a path (14 convolutions and linear, 13 norms) round weights, input and output
+    assert losses[0] == pytest.approx(losses[1], rel=(3 * 27) ** 0.5 * 2.0**-8)

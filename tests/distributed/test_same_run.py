@@ -1,13 +1,16 @@
 """The promise, with real processes over gloo: the same run at any number of them, and after interruptions."""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,99 +76,149 @@ def test_evaluation_is_what_plain_torch_counts(tiny_runs: dict[int, Path], tiny:
     model.load_state_dict(load_file(tiny_runs[2] / "checkpoints/step-00000024/model.safetensors"))
     table = pq.read_table(Path(tiny[0].removeprefix("data.path=")) / "validation-00000-of-00001.parquet")
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()])
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).double() - 73.0) / 90.0
     with torch.no_grad():
-        logits = model((torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 73.0) / 90.0)
+        logits, *rounded = (model(images) for model in (model.double(), *(rounding(model, U, draw) for draw in range(DRAWS))))
     labels = torch.tensor(table["label"].to_pylist())
     last = read_lines(tiny_runs[2] / "metrics.jsonl", "eval")[-1]
-    assert 100 * int((logits.argmax(1) == labels).sum()) / 199 == last["top1"]
-    assert abs(float(F.cross_entropy(logits, labels)) - last["loss"]) < 1e-4
+    off = torch.stack([(r - logits).abs().amax(1) for r in rounded]).amax(0)  # an image's logits are wrong by so much at most
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    lead = logits.gather(1, labels[:, None])[:, 0] - others
+    assert int((lead > 2 * off).sum()) <= round(last["top1"] * 1.99) <= int((lead >= -2 * off).sum())
+    # a cross-entropy moves by at most twice as much as the logit that moves most
+    assert abs(float(F.cross_entropy(logits, labels)) - last["loss"]) <= 2 * float(off.mean())
 
 
-def test_one_step_is_what_plain_torch_computes(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    """Control: ordinary batch norms, one group after the other, gradients averaged in float64, the paper's equations."""
-    # groups of 24: with 4 samples at 1 x 1 pixel a dead channel has no variance, and any arithmetic is ill-conditioned
-    overrides = [*tiny, "bn_group=24", "runtime.micro_batch=48", "schedule.warmup_lr=4.0", "max_steps=1", f"run_dir={tmp_path / 'run'}"]
-    play(2, DEMO / "resnet50.yaml", *overrides, log=tmp_path / "log")
-    ours = load_file(tmp_path / "run/checkpoints/step-00000001/model.safetensors")
+U, DRAWS = 2.0**-24, 4  # float32's unit roundoff
+# One step from the first weights. Everything is smooth: where a ReLU or a maximum stands on its kink, one rounding decides
+# about a whole term of the gradient. (torch.compile, nearer to float64 than the eager step in its batch norms, turned one unit
+# of layer4's last ReLU over on some CPUs, and with it every layer below by up to 3 %.) All blocks have a gradient. Groups of
+# 24: with 4 samples at 1 x 1 pixel a dead channel has no variance, and any arithmetic is ill-conditioned.
+MODEL = {"act_layer": "silu", "replace_stem_pool": True, "zero_init_last": False}
+STEP = (*(f"model.kwargs.{key}={value}" for key, value in MODEL.items()), "bn_group=24", "runtime.micro_batch=48")
+STEP += ("schedule.warmup_lr=4.0", "max_steps=1")
 
-    recipe = config.load(DEMO / "resnet50.yaml", overrides)
+
+def rounding(model: torch.nn.Module, unit: float, draw: int, autocast: bool = False) -> torch.nn.Module:
+    """A copy whose layers' outputs, and the gradients coming back to them, are wrong by what rounding to `unit` leaves.
+
+    That is sqrt(n) `unit` for a sum of n products (Higham and Mary 2019), of the root mean square of its channel, times a
+    random number with standard deviation 1 for each element. Under `autocast` it is a layer's weights, input and output
+    that are rounded to `unit`, the sums are not.
+    """
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(draw)
+
+    def wrong(t: torch.Tensor, n: int) -> torch.Tensor:
+        size = t.square().mean([d for d in range(t.ndim) if d != 1], keepdim=True).sqrt()
+        return t + unit * (2 if autocast else n) ** 0.5 * size * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    def round_output(layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, torch.nn.BatchNorm2d):  # statistics over a group, or four operations with given ones
+            forward = backward = output[:, 0].numel() if layer.training else 4
+        else:
+            forward, backward = layer.weight[0].numel(), layer.weight[:, 0].numel()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: wrong(gradient, backward))
+        return wrong(output, forward)
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear | torch.nn.BatchNorm2d):
+            layer.register_forward_hook(round_output)
+        if autocast and isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.weight.data *= 1 + unit * torch.randn(layer.weight.shape, generator=generator, dtype=layer.weight.dtype)
+    for p in model.parameters():  # a sum over all samples and at most 14 x 14 positions
+        p.register_hook(lambda gradient: wrong(gradient[None, None], 24 * 14 * 14)[0, 0])
+    return model
+
+
+def first_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1], **MODEL)
+
+
+@cache
+def step_in_float64(keys: tuple[str, ...], unit: float = 0.0, draw: int = 0, autocast: bool = False) -> dict[str, torch.Tensor]:
+    """Ordinary batch norms, one group after the other, the paper's equations; with `unit` as `rounding` says."""
+    recipe = config.load(DEMO / "resnet50.yaml", list(keys))
     index, _ = build_indexes(recipe.data, 10)
     batches = training_batches(Order(index, 0, 96, 24), index, recipe, [range(96)], 0, 1)
     batch = next(batches)
     batches.close()
-    torch.manual_seed(0)
-    model = timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1]).double().train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plain = first_model().double().train()
+    model = rounding(plain, unit, draw, autocast) if unit else plain
     images = (batch.images.double() - 73.0) / 90.0
+    if autocast:  # exactly as it does: most pixels are one number, and their rounding errors do not average out
+        images = images.float().bfloat16().double()
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    moved = {name: torch.zeros_like(b) for name, b in buffers.items() if b.is_floating_point()}
+    after = {name: b.clone() for name, b in buffers.items() if b.is_floating_point()}
     for group in range(4):
         part = slice(24 * group, 24 * group + 24)
         (F.cross_entropy(model(images[part]), batch.labels[part], label_smoothing=0.1) / 4).backward()
         for name, b in model.named_buffers():
-            if name in moved:
-                moved[name] += (b - buffers[name]) / 4
+            if name in after:
+                after[name] += (b - buffers[name]) / 4
                 b.data.copy_(buffers[name])
-    for name, p in model.named_parameters():
-        w, g = before[name], p.grad
-        if w.ndim > 1:
-            ratio = 0.001 * w.norm() / (g.norm() + 0.0005 * w.norm()) if w.norm() > 0 and g.norm() > 0 else 1.0
-            update = 4.0 * ratio * (g + 0.0005 * w)
-        else:
-            update = 4.0 * g
-        # float32's own rounding of the gradient is amplified by about a thousand additions: 2^-24 * 1000 = 6e-5
-        error = (ours[name].double() - (w - update)).norm() / update.norm()
-        assert error < 1e-4 or update.norm() == 0, (name, float(error))
-    for name, change in moved.items():
-        torch.testing.assert_close(ours[name].double(), buffers[name] + change, rtol=1e-5, atol=1e-6)
+    for (name, p), g in zip(plain.named_parameters(), [p.grad for p in model.parameters()]):
+        w = p.detach()
+        ratio = 0.001 * w.norm() / (g.norm() + 0.0005 * w.norm()) if w.ndim > 1 else 1.0
+        after[name] = w - 4.0 * ratio * (g + 0.0005 * w if w.ndim > 1 else g)
+    return after
+
+
+def assert_one_step(run: Path, tiny: tuple[str, ...], unit: float = U, autocast: bool = False) -> None:
+    """A run's first step is the one in float64, up to what rounding makes of it: the largest of a few random ones.
+
+    Weights and velocity are rounded when they are stored; the batch norms' sums over a group are rounded too.
+    """
+    ours, before = load_file(run / "checkpoints/step-00000001/model.safetensors"), first_model().state_dict()
+    exact = step_in_float64((*tiny, *STEP), autocast=autocast)
+    others = [step_in_float64((*tiny, *STEP), unit, draw, autocast) for draw in range(DRAWS)]
+    for name, w in exact.items():
+        moved = (w - before[name]).norm()
+        allowed = max((other[name] - w).norm() for other in others) + U * (w.norm() + 2 * moved)
+        if "running_" in name:
+            mean, var = (exact[name.rpartition("_")[0] + end] for end in ("_mean", "_var"))
+            square = 10 * (mean.square() * 10 + (var - 0.9).clamp(min=0))  # of the layer's input; buffers move by a tenth
+            summed = square.sqrt() if name.endswith("mean") else 2 * square
+            allowed += 0.1 * U * (24 * 14 * 14) ** 0.5 * summed.norm()
+        error = (ours[name].double() - w).norm()
+        assert moved > 0 and error <= allowed, (name, float(error / moved), float(allowed / moved))
+
+
+def test_one_step_is_what_plain_torch_computes(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    play(2, DEMO / "resnet50.yaml", *tiny, *STEP, f"run_dir={tmp_path / 'run'}", log=tmp_path / "log")
+    assert_one_step(tmp_path / "run", tiny)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_without_determinism_the_step_is_the_same_up_to_rounding(processes: int, tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """DDP's own float sum with two processes; one process sums by itself."""
-    weights = {}
-    for deterministic in ("true", "false"):
-        run = tmp_path / deterministic
-        keys = ("schedule.warmup_lr=4.0", "max_steps=1", f"runtime.deterministic={deterministic}", f"run_dir={run}")
-        play(processes, DEMO / "resnet50.yaml", *tiny, *keys, log=tmp_path / "log")
-        weights[deterministic] = load_file(run / "checkpoints/step-00000001/model.safetensors")
+    run = tmp_path / "run"
+    play(processes, DEMO / "resnet50.yaml", *tiny, *STEP, "runtime.deterministic=false", f"run_dir={run}", log=tmp_path / "log")
     assert read_result(run)["engine"] == ("ddp" if processes == 2 else "plain") and read_result(run)["reproducibility"] == "numeric"
-    torch.manual_seed(0)
-    start = timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1]).state_dict()
-    for name, exact in weights["true"].items():
-        if start[name].is_floating_point():
-            update = (exact - start[name]).norm()
-            assert (weights["false"][name] - exact).norm() <= 1e-4 * update, name
+    assert_one_step(run, tiny)
+
+
+def keep_kernels_of_this_processor() -> None:
+    """In the rank: Inductor's cache would give another ATEN_CPU_CAPABILITY the kernels it wrote for the processor's own."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"inductor-{torch.backends.cpu.get_cpu_capability()}"))
 
 
 @pytest.mark.parametrize(
-    ("key", "bound"),
+    "key",
     [
-        # other convolution kernels: one ReLU or pooling unit that sits on its kink may flip, which moved all layers below it
-        # by up to 1e-3 here (2.6e-4 of the whole step); on other images of the demo the difference is 1e-6
-        ("runtime.channels_last=true", 1e-3),
-        ("runtime.activation_checkpointing=true", 1e-4),
-        ("runtime.micro_batch=96", 1e-4),
-        pytest.param("runtime.compile=true", 1e-4, marks=pytest.mark.long),
-        # autocast rounds every activation to 8 bits. Batch norm over few samples makes more of it: over seeds 0 to 3 the step
-        # was 0.05 to 0.34 off in groups of 24, and 0.03 to 0.06 in groups of 96
-        ("precision=bf16 bn_group=96 runtime.micro_batch=96", 0.2),
+        "runtime.channels_last=true",
+        "runtime.activation_checkpointing=true",
+        "runtime.micro_batch=96",
+        pytest.param("runtime.compile=true", marks=pytest.mark.long),
+        "precision=bf16",
     ],
 )
-def test_what_is_for_speed_takes_the_same_step_up_to_rounding(key: str, bound: float, tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    key, *groups = key.split()
-    common = (*tiny, "bn_group=24", "runtime.micro_batch=48", *groups, "schedule.warmup_lr=4.0", "max_steps=1")
-    weights = []
-    for name, keys in (("plain", common), ("other", (*common, key))):
-        play(1, DEMO / "resnet50.yaml", *keys, f"run_dir={tmp_path / name}", log=tmp_path / "log")
-        weights.append(load_file(tmp_path / name / "checkpoints/step-00000001/model.safetensors"))
-    torch.manual_seed(0)
-    start = timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1]).state_dict()
-    moved, error = (
-        torch.cat([(a[n].double() - b[n].double()).reshape(-1) for n in start if start[n].is_floating_point()]).norm()
-        for a, b in ((weights[0], start), (weights[0], weights[1]))
-    )
-    assert 0 < moved and error <= bound * moved, float(error / moved)
+def test_what_is_for_speed_takes_the_same_step_up_to_rounding(key: str, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    keys = (*tiny, *STEP, key, f"run_dir={tmp_path / 'run'}")
+    play(1, DEMO / "resnet50.yaml", *keys, log=tmp_path / "log", first=keep_kernels_of_this_processor)
+    autocast = key == "precision=bf16"  # 8 bits
+    assert_one_step(tmp_path / "run", tiny, 2.0**-8 if autocast else U, autocast)
 
 
 def wait_for_step(run: Path, step: int, running: callable) -> None:
