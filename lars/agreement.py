@@ -10,6 +10,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -99,15 +100,18 @@ class Peers:
         return tensors
 
     def copy_file(self, file: Path, source: int, target: int) -> None:
-        """Give a file (that may not be there) from one process to another, over whatever that one has."""
-        sent = open(file, "rb") if self.rank == source and file.is_file() else None
-        taken = open(file, "wb") if self.rank == target else None
-        while chunk := self.broadcast(sent.read(_CHUNK) if sent else b"", source):
-            if taken:
-                taken.write(chunk)
-        for stream in (sent, taken):
-            if stream:
-                stream.close()
+        """Give a file, if it is there, from one process to another, in place of whatever that one has."""
+        if not self.broadcast(file.is_file(), source):
+            return
+        beside = file.with_name(f"{file.name}.copy")
+        with ExitStack() as streams:
+            sent = streams.enter_context(open(file, "rb")) if self.rank == source else None
+            taken = streams.enter_context(open(beside, "wb")) if self.rank == target else None
+            while chunk := self.broadcast(sent.read(_CHUNK) if sent else b"", source):
+                if taken:
+                    taken.write(chunk)
+        if self.rank == target:
+            os.replace(beside, file)
 
     def share(self, refused: RecipeError | None) -> None:
         """Raise on all processes what one of them would raise alone.
@@ -244,10 +248,10 @@ def finished_steps(peers: Peers, run: Path, recipe: Recipe, data_fingerprint: st
 
 
 def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[Index, Index]:
-    """Rank 0's indexes for the files of this node, with the fingerprint that they have here.
+    """Rank 0's indexes for the files of this node.
 
     Raises:
-        RecipeError: on all processes; a file is not there.
+        RecipeError: on all processes; a file is not there, or has other contents than rank 0's.
     """
     if peers.rank == 0:
         return peers.together(lambda: indexes)

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +86,8 @@ class CheckpointWriter:
 
     def _write(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
         self.error = None
-        target, temporary = self.folder / _name(state.step), self.folder / f".{_name(state.step)}"
+        target = self.folder / _name(state.step)
+        temporary = self.folder / f".{target.name}-{uuid.uuid4().hex}"  # of its own: who takes the folder over may be at this step too
         try:
             self.may_write()
             for left_behind in self.folder.glob(".step-*"):
@@ -124,7 +126,7 @@ class Claim(NamedTuple):
     """A checkpoint as its name and its `state.json` have it; whether its files are what was written is not known yet."""
 
     step: int
-    digest: str  # SHA-256 of state.json, which holds those of the other files
+    digest: str  # of all that decides how the run goes on from it, so not of the time that it took
     path: Path
 
 
@@ -133,8 +135,11 @@ def claims(run: Path) -> list[Claim]:
     found = []
     for checkpoint in saved(run):
         try:
-            found.append(Claim(int(checkpoint.name.removeprefix("step-")), _sha256(checkpoint / "state.json"), checkpoint))
-        except (OSError, ValueError) as error:
+            state = json.loads((checkpoint / "state.json").read_text())
+            decides = [state[key] for key in ("files", "samples_hash", "bad_images", "data_fingerprint", "trajectory")]
+            digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+            found.append(Claim(int(checkpoint.name.removeprefix("step-")), digest, checkpoint))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s): falling back to the one before", checkpoint, error)
     return found
 

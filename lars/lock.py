@@ -58,7 +58,7 @@ class RunLock:
         with self.counting:
             if self.handle is None:
                 return
-            if not (found := _read(self.file)) or found["token"] != self.token:
+            if not (found := self._found()) or found["token"] != self.token:
                 owner = f"{_who(found)} has taken it over" if found else "its lock file is gone"
                 raise LockLost(f"{self.file.parent} is not this process's any more: {owner}. It was suspended for too long")
             self.count += 1
@@ -74,6 +74,14 @@ class RunLock:
             self.handle = None
             if (found := _read(self.file)) and found["token"] == self.token:
                 self.file.unlink(missing_ok=True)
+
+    def _found(self) -> dict[str, Any] | None:
+        """Whose lock is there; one that is gone may be back in a moment (see `_remove`)."""
+        for _ in range(10):
+            if found := _read(self.file):
+                return found
+            time.sleep(0.05)
+        return None
 
     def _create(self) -> bool:
         try:
@@ -103,15 +111,18 @@ class RunLock:
 
     def _remove(self, dead: dict[str, Any]) -> None:
         """Take a dead lock away under a name of its own: of several observers only one succeeds."""
-        aside = self.file.with_name(f"lock-{dead['token']}")
+        aside = self.file.with_name(f"lock-{self.token}")
         try:
             os.rename(self.file, aside)
+        except FileNotFoundError:  # another observer has
+            return
+        try:
             if _read(aside)["token"] != dead["token"]:  # another observer was faster, and this is its lock
                 os.link(aside, self.file)
-                raise RecipeError(f"{self.file.parent} has just been taken by another start: wait for it, or use another run_dir=...")
+        except FileExistsError:  # a third one came between: the faster one will notice, as after a suspension
+            pass
+        finally:
             aside.unlink()
-        except FileNotFoundError:
-            return
 
     def _keep_counting(self) -> None:
         while not self.ended.wait(COUNT_EVERY):

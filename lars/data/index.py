@@ -79,10 +79,8 @@ def fingerprint(train: Index, val: Index) -> str:
 def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     """Another node's index for the files of this one: paths and times of change are each node's own.
 
-    With `verify` the fingerprint is that of the files as they lie here.
-
     Raises:
-        RecipeError: a file is not there.
+        RecipeError: a file is not there, or (asked with `verify`) it has another footer here.
     """
     if not index.root:
         return index
@@ -91,11 +89,17 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     source = Source(names[0], data.retry_seconds)
     try:
         states = tuple(map(source.state, names))
-        footers = tuple(map(partial(_footer, source), names, states)) if verify else ()
+        footers = tuple(map(partial(_footer, source), names, states)) if verify else index.footers
     except DataError as error:
         raise RecipeError(str(error)) from None
-    digest = _digest(names, footers) if verify else index.fingerprint
-    return replace(index, files=names, states=states, root=root, fingerprint=digest)
+    for name, here, there in zip(names, footers, index.footers):
+        if here != there:
+            raise RecipeError(f"{name} has {_content(name, here)}, rank 0's has {_content(name, there)}: all nodes need the same data")
+    return replace(index, files=names, states=states, root=root)
+
+
+def _content(name: str, footer: bytes) -> str:
+    return f"{parse_footer(name, footer).num_rows:,} rows (footer {hashlib.sha256(footer).hexdigest()[:12]})"
 
 
 def _digest(names: Sequence[str], footers: Sequence[bytes]) -> str:
