@@ -29,7 +29,7 @@ _DISPATCHED = ("avx", "sse4", "fma", "amx", "f16c")  # beginnings of the flags b
 
 def pin(arguments: list[str]) -> None:
     """Set the variables if the recipe named by a command line of `recipes/train.py` asks for `runtime.portable`."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(arguments)
     if "torch" in sys.modules or not known.config or _cpu_lacks():
