@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise refused
             print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
             return 0
-        peers = Peers.meet(refused)  # before the rest: whoever's recipe is refused has nothing to go on with
+        peers = Peers.meet(refused)  # before the rest: a process whose recipe is refused has none to go on with
         training = Training(recipe, args.config, launched, peers)
         return training.train() if training.setup(checked) else 0
     except (RecipeError, ShardingError, DataError, LockLost) as error:
