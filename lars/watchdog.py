@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from lars.agreement import Peers
 
 GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection
 _AT_ONCE = 4  # ticks that are enough once an exchange has failed
+_ANSWER = 5.0  # seconds that torch's store has for an answer
 _QUIET = 5  # ticks without a pass, after which a process begins to look at the others
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out", re.IGNORECASE)
 
@@ -35,6 +37,7 @@ class Watchdog:
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
         self.seen: dict[int, tuple[list, int]] = {}  # rank -> its last sign of life, and my tick when it was new
         self.store_lost_at: int | None = None
+        self.talking, self.question = threading.Lock(), None  # the thread that last asked the store
         self.asked, self.ended = threading.Event(), threading.Event()
         self.thread = None
         if peers.processes > 1:
@@ -96,10 +99,10 @@ class Watchdog:
     def _gone(self, after: int) -> str | None:
         """A process without a sign of life for so many of my ticks, or one that has said why it ended."""
         try:
-            if self.store.check(["verdict"]):
-                return self.store.get("verdict").decode()
+            if self._ask("check", ["verdict"]):
+                return self._ask("get", "verdict").decode()
             who = self._silent(after)
-            return self.store.compare_set("verdict", "", who).decode() if who else None
+            return self._ask("compare_set", "verdict", "", who).decode() if who else None
         except Exception:  # it lies with rank 0, or with its launcher
             lost_at = self.store_lost_at = self.store_lost_at or self.ticks
             return f"{self.peers.name(0)}, or its launcher, is gone" if self.ticks - lost_at >= after else None
@@ -126,11 +129,35 @@ class Watchdog:
         )
 
     def _sign(self) -> None:
-        self.store.set(f"alive {self.peers.rank}", json.dumps([self.ticks, *self.place, self.reason]))
+        self._ask("set", f"alive {self.peers.rank}", json.dumps([self.ticks, *self.place, self.reason]))
 
     def _signs(self) -> list[list]:
         """Of each process: its ticks, step, pass, and why it has ended, if it has."""
-        return [json.loads(sign) for sign in self.store.multi_get([f"alive {rank}" for rank in range(self.peers.processes)])]
+        return [json.loads(sign) for sign in self._ask("multi_get", [f"alive {rank}" for rank in range(self.peers.processes)])]
+
+    def _ask(self, what: str, *words: Any) -> Any:
+        """A call of torch's store, from a thread of its own: where a cable is pulled no answer comes and no error either.
+
+        Raises:
+            ConnectionError: the store does not answer, or has not answered the call before.
+        """
+        answers: list[Any] = []
+        failures: list[Exception] = []
+
+        def call() -> None:
+            try:
+                answers.append(getattr(self.store, what)(*words))
+            except Exception as error:
+                failures.append(error)
+
+        with self.talking:
+            if self.question is None or not self.question.is_alive():
+                self.question = threading.Thread(target=call, daemon=True)
+                self.question.start()
+                self.question.join(_ANSWER)
+        if not answers:
+            raise failures[0] if failures else ConnectionError("torch's store does not answer")
+        return answers[0]
 
     def _complain(self, what: str) -> None:
         message = self.say(what)
@@ -141,7 +168,7 @@ class Watchdog:
         """Print it, once in all, and return it as an error for the run's result."""
         message = f"{what}: start the same command again to go on from the last checkpoint"
         try:
-            first = self.store.add("complaints", 1) == 1
+            first = self._ask("add", "complaints", 1) == 1
         except Exception:
             first = self.peers.leads_node
         if first:
