@@ -155,6 +155,7 @@ class Training:
             consumed += samples_hash(self.step, part, batch.ids)
             bad += batch.bad
             ids.append(torch.from_numpy(batch.ids))
+        self.watchdog.at(self.step, len(slots))
         self.sums.add_counts([consumed, bad, self.lacking is not None])
         sums = self.sums.finish()
         if sums.counts[2]:  # some process played a stand-in; nothing of the step has been applied yet
@@ -165,9 +166,8 @@ class Training:
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
         if not self.engine.step(lr):
             self.explain(sums, slots)
-        self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
-        self.bad_images += sums.counts[1]
+        self.step, self.bad_images = self.step + 1, self.bad_images + sums.counts[1]
         if self.bad_images > (allowed := self.recipe.data.max_bad_fraction) * max(self.step * self.plan.global_batch, self.plan.samples):
             self.lacking = DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
         if self.recipe.ledger:
