@@ -5,7 +5,7 @@ SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long parity study tables chaos bench
+.PHONY: help setup reproduce-demo prove test test-long parity launchers study tables chaos bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -36,6 +36,9 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
 
+launchers: $(SETUP)  ## one hash under every launcher and on emulated CPUs (qemu-x86_64, half an hour); writes portable.json
+	$(PYTHON) -m tests.distributed.portable
+
 study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; trains what the ledger lacks, FRESH=1 all
 	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh) $(ARGS)
 
@@ -53,5 +56,6 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m tests.benchmarks.order --json > tests/benchmarks/order.json
 	$(PYTHON) -m pip install --quiet -e .[bench]
 	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
+	$(PYTHON) -m tests.benchmarks.portable --json > tests/benchmarks/portable.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json
 	$(PYTHON) -m tests.benchmarks.wall_clock --json > tests/benchmarks/wall_clock.json

@@ -80,6 +80,69 @@ def test_elsewhere_rounding_passes_and_more_fails(tiny_runs: dict[int, Path], al
     assert "device: " in verdicts["rounding"][1][0] and verdicts["rounding"][1][-1] == "PASS up to rounding: the first 9 of 24 steps"
 
 
+def environment(run: Path, *without: str, **changed: object) -> dict[str, object]:
+    """A run's numeric environment, less some keys, with others changed."""
+    return {k: v for k, v in {**read_result(run)["environment"], **changed}.items() if k not in without}
+
+
+@pytest.fixture
+def portable_run(tmp_path: Path, tiny_runs: dict[int, Path]) -> Path:
+    """The run at one process, as if it had been portable on another maker's CPU."""
+    run = tmp_path / "portable"
+    run.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(tiny_runs[1] / name, run)
+    there = environment(tiny_runs[1], device="another maker's CPU", cpu_flags="avx avx2 fma")
+    result = {**read_result(tiny_runs[1]), "reproducibility": "portable", "environment": there}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+def test_the_cpu_is_no_excuse_between_two_portable_runs(portable_run: Path, altered: Callable[..., Path]) -> None:
+    assert compare(portable_run, altered(last=9, reproducibility="portable"))[0]
+    shutil.rmtree(portable_run.parent / "altered")
+    good, lines = compare(portable_run, altered(step=5, loss_factor=1 + 2**-50, reproducibility="portable"))
+    assert not good and lines[0].startswith("DIFFERENT RUN: the numeric environment is the same") and "step 5" in lines[0]
+
+
+def test_other_versions_are_a_reason_between_portable_runs_too(
+    tiny_runs: dict[int, Path], portable_run: Path, altered: Callable[..., Path]
+) -> None:
+    there = environment(tiny_runs[1], torch="1.0")
+    _, lines = compare(portable_run, altered(step=5, loss_factor=1 + 2**-50, reproducibility="portable", environment=there))
+    assert "torch: " in lines[0] and "device: " not in lines[0] and "cpu_flags: " not in lines[0]
+
+
+def test_a_bitwise_run_on_another_cpu_stays_one_up_to_rounding(portable_run: Path, altered: Callable[..., Path]) -> None:
+    """Control: only two portable runs are compared as if they had one CPU. The line says why this one is not portable."""
+    good, lines = compare(portable_run, altered(last=9, step=5, loss_factor=1 + 2**-50))
+    assert good and lines[0].startswith("the run is portable, this repetition is not: it ran with ")
+    assert "device: " in lines[1] and "reproducibility: portable -> bitwise" in lines[1]
+
+
+def test_a_variable_that_stands_in_the_way_is_named(
+    portable_run: Path, altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lars.verify.portable.excluded", lambda: "MKL_CBWR=AVX2 is set")
+    good, lines = compare(portable_run, altered(last=9))
+    assert good and lines[0] == "the run is portable, this repetition is not: MKL_CBWR=AVX2 is set"
+    assert lines[1] == "SAME RUN: the first 9 of 24 steps, bit for bit"
+
+
+def test_what_older_versions_did_not_write_is_no_difference(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    """Neither the CPU's flags nor `runtime.portable`, whose neutral value such a run had."""
+    old = altered(environment=environment(tiny_runs[3], "cpu_flags"))
+    lines = [line for line in (old / "config.yaml").read_text().splitlines() if "portable:" not in line]
+    (old / "config.yaml").write_text("\n".join(lines) + "\n")
+    changed = tiny_runs[1].parent / "changed"
+    shutil.copytree(tiny_runs[1], changed)
+    text = (changed / "metrics.jsonl").read_text().replace('"loss": ', '"loss": 1', 1)
+    (changed / "metrics.jsonl").write_text(text)
+    good, said = compare(old, changed)
+    shutil.rmtree(changed)
+    assert not good and said[0].startswith("DIFFERENT RUN: the numeric environment is the same")
+
+
 @pytest.mark.parametrize("name", ["demo/alexnet", "demo/resnet50"])
 def test_the_committed_seeds_say_what_they_ran(name: str) -> None:
     """What a stranger needs to verify a row: recipe and runtime keys, no path of the machine that trained it."""
