@@ -1,4 +1,5 @@
-"""`make launchers`: one hash whatever starts a run, and whatever x86-64 CPU it runs on. Writes portable.json.
+"""`make launchers`: one hash whatever starts a run, and whatever x86-64 CPU it runs on. Writes portable.json,
+and a table into lars/README.md.
 
 - launchers: twenty steps of a demo recipe with `runtime.portable=true` under each launcher, with 1, 2 and 4 processes.
 - emulated: two steps of both demo recipes, loader included, on CPUs that qemu-x86_64 emulates, against this one. An
@@ -32,7 +33,7 @@ from conftest import DEMO, ROOT  # noqa: E402
 from lars import portable  # noqa: E402
 from lars.run import commit, read_result  # noqa: E402
 
-FILE = Path(__file__).with_name("portable.json")
+FILE, PAGE = Path(__file__).with_name("portable.json"), ROOT / "lars" / "README.md"
 RECIPES = ("demo/alexnet", "demo/resnet50")
 RECIPE, STEPS, FEW = RECIPES[0], 20, 4  # of the launchers' cells; `make test` plays the first few steps
 LAUNCHERS = ("accelerate launch", "torchrun", "srun-like", "one rank a node", "bare")
@@ -202,7 +203,7 @@ def why_no_control() -> str | None:
 
 
 def table(result: dict) -> str:
-    """The README's table, in Markdown: hashes by launcher and process count, and after two steps by CPU."""
+    """The page's table, in Markdown: hashes by launcher and process count, and after two steps by CPU."""
     few = lambda digest: f"`{digest[:8]}`"  # noqa: E731
     rows, launched = result["launchers"], result["launched"]
     counts = " | ".join("1 process" if w == 1 else f"{w} processes" for w in PROCESSES)
@@ -284,6 +285,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder))
     FILE.write_text(json.dumps(result, indent=1) + "\n")
+    text = PAGE.read_text()
+    start, end = (text.index(mark) for mark in TABLE)
+    PAGE.write_text(text[: start + len(TABLE[0])] + table(result) + text[end:])
     print(table(result))
     for fault in (found := faults(result)):
         print(f"FAIL: {fault}", file=sys.stderr)
