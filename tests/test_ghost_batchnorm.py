@@ -23,12 +23,14 @@ def test_each_group_is_normalised_by_itself() -> None:
         variances.append(group.double().var((0, 2, 3), unbiased=True))
     ghost = GhostBatchNorm2d(norm, 4).train()
     assert torch.equal(ghost(x), torch.cat(expected))  # the same kernel on the same numbers
-    # float32 sums over 4 * 9 elements: sqrt(36) u of the root mean square, and twice that of the mean square; both rounded
-    off = 7 * 2.0**-24 * torch.stack([sum((m * m + v).sqrt() for m, v in zip(means, variances)), sum(2 * (m * m + v) for m, v in zip(means, variances))])
+    # float32 sums over 4 * 9 elements: sqrt(36) u of the root mean square, twice that of the mean square; both rounded
+    squares = [m * m + v for m, v in zip(means, variances)]
+    off = 7 * 2.0**-24 * torch.stack([sum(s.sqrt() for s in squares), sum(2 * s for s in squares)])
     assert ((ghost.group_sums - torch.stack([sum(means), sum(variances)])).abs() <= off).all()
     assert torch.equal(ghost.running_mean, torch.zeros(5))  # a forward moves nothing
     ghost.update_running(*(ghost.group_sums / 3))
-    for ours, exact, error in ((ghost.running_mean, 0.1 * sum(means) / 3, off[0]), (ghost.running_var, 0.9 + 0.1 * sum(variances) / 3, off[1])):
+    running = (ghost.running_mean, 0.1 * sum(means) / 3), (ghost.running_var, 0.9 + 0.1 * sum(variances) / 3)
+    for (ours, exact), error in zip(running, off):
         # what is averaged in, and three roundings of the running average (0.1 itself, product, sum)
         assert ((ours - exact).abs() <= 0.1 * error / 3 + 3 * 2.0**-24 * exact.abs()).all()
     assert int(ghost.num_batches_tracked) == 1

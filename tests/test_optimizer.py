@@ -34,9 +34,9 @@ def gradients(model: nn.Module, step: int) -> None:
 def roundings(weights, velocities, old, errors, mode: str, lr: float) -> None:
     """Add to `errors` (of each velocity, of each weight; largest element) what float32 leaves in one `reference_step`.
 
-    The norms of up to 5 * 36 * 7 elements are off by (sqrt(1260 / 8 + 9) / 2 + 1) u = 7.5 u each (see below), the ratio takes
-    five operations, its product with gradient and decayed weight four: 24 u of what is added. A velocity is rounded twice
-    when it is made, a weight once, and once where the rate is outside.
+    The norms of up to 5 * 36 * 7 elements are off by (sqrt(1260 / 8 + 9) / 2 + 1) u = 7.5 u each (see below), the ratio
+    takes five operations, its product with gradient and decayed weight four: 24 u of what is added. A velocity is
+    rounded twice when it is made, a weight once, and once where the rate is outside.
     """
     for i, (w, v) in enumerate(zip(weights, velocities)):
         added = (v - 0.9 * old[i]).abs().max()
@@ -140,7 +140,7 @@ def test_without_adaptation_it_is_torchs_sgd() -> None:
             optimizer.step()
         largest = max(largest, *(float(state["momentum_buffer"].abs().max()) for state in a.state.values()))
     for p, q in zip(ours.parameters(), theirs.parameters()):
-        # five steps of two evaluations, each with four roundings of a velocity that remembers them all, and two of the weight
+        # five steps of two evaluations: four roundings of a velocity that remembers them all, and two of the weight
         assert (p - q).abs().max() <= 2 * 5 * U * (5 * 4 * 0.1 * largest + 2 * p.abs().max())
 
 
@@ -311,4 +311,5 @@ def test_the_ratios_told_are_those_of_the_last_step() -> None:
     adapted = [p for p in model.parameters() if p.ndim > 1]
     assert set(told) == set(adapted)
     for p, w in zip(adapted, before):
-        assert told[p] == pytest.approx(0.02 * w.norm().item() / (p.grad.double().norm().item() + 1e-2 * w.norm().item()), rel=24 * U)  # see `roundings`
+        exact = 0.02 * w.norm().item() / (p.grad.double().norm().item() + 1e-2 * w.norm().item())
+        assert told[p] == pytest.approx(exact, rel=24 * U)  # see `roundings`

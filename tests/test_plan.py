@@ -70,7 +70,8 @@ def test_counts_of_known_models() -> None:
 
 
 def test_an_image_on_both_sides_of_the_roofline() -> None:
-    # four digits by hand: 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
+    # by hand, four digits:
+    # 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
     peak = {"fp32": 1e14, "bf16": 1e14}
     device = replace(cluster("h100-8").device, peak=peak, efficiency=0.5, memory_bandwidth=1e12, memory_passes=10)
     assert image_seconds(device, RESNET50, "fp32") == pytest.approx(8.591e-4, abs=0.5e-7)
@@ -229,4 +230,5 @@ def test_committed_predictions_are_what_the_model_says_now() -> None:
 
     committed = {row["run"]: row["predicted_seconds"] for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]}
     for row in rows():
-        assert predicted(row) == pytest.approx(committed[row.run], abs=0.0005 + 1e-9), row.run  # three decimals are written
+        # three decimals are written
+        assert predicted(row) == pytest.approx(committed[row.run], abs=0.0005 + 1e-9), row.run

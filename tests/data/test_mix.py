@@ -37,7 +37,7 @@ def test_the_share_of_the_target_is_the_share_of_the_pixels() -> None:
     images = torch.stack([torch.zeros(3, 28, 28), torch.ones(3, 28, 28)])
     for step in range(50):
         pixels, targets = mix(images, torch.tensor([0, 1]), recipe, step, 0)
-        # ones are counted exactly; the mean (a division, or two roundings with 1 / n) and the share are rounded to float32
+        # ones are counted exactly; the mean (a division, or 1 / n and a product) and the share are rounded
         assert (pixels.mean((1, 2, 3)) - targets[:, 1]).abs().max() <= 3 * 2.0**-24
 
 

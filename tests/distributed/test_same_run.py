@@ -78,10 +78,11 @@ def test_evaluation_is_what_plain_torch_counts(tiny_runs: dict[int, Path], tiny:
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()])
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).double() - 73.0) / 90.0
     with torch.no_grad():
-        logits, *rounded = (model(images) for model in (model.double(), *(rounding(model, U, draw) for draw in range(DRAWS))))
+        logits = model.double()(images)
+        rounded = [rounding(model, U, draw)(images) for draw in range(DRAWS)]
     labels = torch.tensor(table["label"].to_pylist())
     last = read_lines(tiny_runs[2] / "metrics.jsonl", "eval")[-1]
-    off = torch.stack([(r - logits).abs().amax(1) for r in rounded]).amax(0)  # an image's logits are wrong by so much at most
+    off = torch.stack([(r - logits).abs().amax(1) for r in rounded]).amax(0)  # for each image, of its logits
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     lead = logits.gather(1, labels[:, None])[:, 0] - others
     assert int((lead > 2 * off).sum()) <= round(last["top1"] * 1.99) <= int((lead >= -2 * off).sum())
@@ -90,10 +91,10 @@ def test_evaluation_is_what_plain_torch_counts(tiny_runs: dict[int, Path], tiny:
 
 
 U, DRAWS = 2.0**-24, 4  # float32's unit roundoff
-# One step from the first weights. Everything is smooth: where a ReLU or a maximum stands on its kink, one rounding decides
-# about a whole term of the gradient. (torch.compile, nearer to float64 than the eager step in its batch norms, turned one unit
-# of layer4's last ReLU over on some CPUs, and with it every layer below by up to 3 %.) All blocks have a gradient. Groups of
-# 24: with 4 samples at 1 x 1 pixel a dead channel has no variance, and any arithmetic is ill-conditioned.
+# One step from the first weights. Everything is smooth: where a ReLU or a maximum stands on its kink, one rounding
+# decides about a whole term of the gradient. (torch.compile, nearer to float64 than the eager step in its batch norms,
+# turned one unit of layer4's last ReLU over on some CPUs, and moved the layers below by up to 3 %.) All blocks have a
+# gradient. Groups of 24: with 4 samples at 1 x 1 pixel a dead channel has no variance, and any arithmetic suffers.
 MODEL = {"act_layer": "silu", "replace_stem_pool": True, "zero_init_last": False}
 STEP = (*(f"model.kwargs.{key}={value}" for key, value in MODEL.items()), "bn_group=24", "runtime.micro_batch=48")
 STEP += ("schedule.warmup_lr=4.0", "max_steps=1")
@@ -102,15 +103,18 @@ STEP += ("schedule.warmup_lr=4.0", "max_steps=1")
 def rounding(model: torch.nn.Module, unit: float, draw: int, autocast: bool = False) -> torch.nn.Module:
     """A copy whose layers' outputs, and the gradients coming back to them, are wrong by what rounding to `unit` leaves.
 
-    That is sqrt(n) `unit` for a sum of n products (Higham and Mary 2019), of the root mean square of its channel, times a
+    That is sqrt(n) `unit` for a sum of n products (Higham and Mary 2019), of its channel's root mean square, times a
     random number with standard deviation 1 for each element. Under `autocast` it is a layer's weights, input and output
     that are rounded to `unit`, the sums are not.
     """
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(draw)
 
+    def noise(t: torch.Tensor) -> torch.Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
     def wrong(t: torch.Tensor, n: int) -> torch.Tensor:
         size = t.square().mean([d for d in range(t.ndim) if d != 1], keepdim=True).sqrt()
-        return t + unit * (2 if autocast else n) ** 0.5 * size * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        return t + unit * (2 if autocast else n) ** 0.5 * size * noise(t)
 
     def round_output(layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, torch.nn.BatchNorm2d):  # statistics over a group, or four operations with given ones
@@ -125,7 +129,7 @@ def rounding(model: torch.nn.Module, unit: float, draw: int, autocast: bool = Fa
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear | torch.nn.BatchNorm2d):
             layer.register_forward_hook(round_output)
         if autocast and isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
-            layer.weight.data *= 1 + unit * torch.randn(layer.weight.shape, generator=generator, dtype=layer.weight.dtype)
+            layer.weight.data *= 1 + unit * noise(layer.weight)
     for p in model.parameters():  # a sum over all samples and at most 14 x 14 positions
         p.register_hook(lambda gradient: wrong(gradient[None, None], 24 * 14 * 14)[0, 0])
     return model
@@ -137,7 +141,9 @@ def first_model() -> torch.nn.Module:
 
 
 @cache
-def step_in_float64(keys: tuple[str, ...], unit: float = 0.0, draw: int = 0, autocast: bool = False) -> dict[str, torch.Tensor]:
+def step_in_float64(
+    keys: tuple[str, ...], unit: float = 0.0, draw: int = 0, autocast: bool = False
+) -> dict[str, torch.Tensor]:
     """Ordinary batch norms, one group after the other, the paper's equations; with `unit` as `rounding` says."""
     recipe = config.load(DEMO / "resnet50.yaml", list(keys))
     index, _ = build_indexes(recipe.data, 10)
@@ -178,7 +184,7 @@ def assert_one_step(run: Path, tiny: tuple[str, ...], unit: float = U, autocast:
         allowed = max((other[name] - w).norm() for other in others) + U * (w.norm() + 2 * moved)
         if "running_" in name:
             mean, var = (exact[name.rpartition("_")[0] + end] for end in ("_mean", "_var"))
-            square = 10 * (mean.square() * 10 + (var - 0.9).clamp(min=0))  # of the layer's input; buffers move by a tenth
+            square = 10 * (mean.square() * 10 + (var - 0.9).clamp(min=0))  # of the input; buffers move by a tenth
             summed = square.sqrt() if name.endswith("mean") else 2 * square
             allowed += 0.1 * U * (24 * 14 * 14) ** 0.5 * summed.norm()
         error = (ours[name].double() - w).norm()
@@ -194,14 +200,16 @@ def test_one_step_is_what_plain_torch_computes(tmp_path: Path, tiny: tuple[str, 
 def test_without_determinism_the_step_is_the_same_up_to_rounding(processes: int, tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """DDP's own float sum with two processes; one process sums by itself."""
     run = tmp_path / "run"
-    play(processes, DEMO / "resnet50.yaml", *tiny, *STEP, "runtime.deterministic=false", f"run_dir={run}", log=tmp_path / "log")
+    keys = (*tiny, *STEP, "runtime.deterministic=false", f"run_dir={run}")
+    play(processes, DEMO / "resnet50.yaml", *keys, log=tmp_path / "log")
     assert read_result(run)["engine"] == ("ddp" if processes == 2 else "plain") and read_result(run)["reproducibility"] == "numeric"
     assert_one_step(run, tiny)
 
 
 def keep_kernels_of_this_processor() -> None:
-    """In the rank: Inductor's cache would give another ATEN_CPU_CAPABILITY the kernels it wrote for the processor's own."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"inductor-{torch.backends.cpu.get_cpu_capability()}"))
+    """In the rank: Inductor's cache would give another ATEN_CPU_CAPABILITY the kernels of the processor's own."""
+    folder = f"inductor-{torch.backends.cpu.get_cpu_capability()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), folder))
 
 
 @pytest.mark.parametrize(

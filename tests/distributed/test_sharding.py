@@ -20,7 +20,7 @@ from conftest import RANKS, ROOT
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
 U = 2.0**-24  # float32's unit roundoff
-# What rounding leaves of a gradient (Higham and Mary 2019): an element of the convolution's is a sum of 24 * 25 products,
+# What rounding leaves of a gradient (Higham and Mary 2019): an element of the convolution's sums 24 * 25 products,
 # on its way back it passes through sums of 11, 37, 37 and 37 products and the group norm's of 125.
 ROUNDING = U * (BATCH * 25 + 11 + 3 * 37 + 125) ** 0.5
 
@@ -78,13 +78,17 @@ def optimizer(net: nn.Module, several_groups: bool = False, caffe: bool = False)
 
 
 def worst(
-    states: list[dict], several_groups: bool = False, kind: type[Odd] = Odd, zero_for_none: bool = False, caffe: bool = False
+    states: list[dict],
+    several_groups: bool = False,
+    kind: type[Odd] = Odd,
+    zero_for_none: bool = False,
+    caffe: bool = False,
 ) -> float:
     """The largest error of a layer's weights after a step, as a multiple of what rounding explains.
 
     The control is LARS in one process, in float64, with the whole batch; a missing gradient is left out, or counts as
-    zero. It takes every step from the weights that the engine had before it: over several steps the rule itself enlarges
-    a difference. (With the Caffe fork's rule the norm's weight shrinks tenfold in the first step here, and the
+    zero. It takes every step from the weights that the engine had before it: over several steps the rule enlarges a
+    difference. (With the Caffe fork's rule the norm's weight shrinks tenfold in the first step here, and the
     convolution doubles in the third: 5 units of a gradient's last place became 470 of the way from the start.)
 
     What a step adds to the velocity has the gradient's error twice, once from the trust ratio; the velocity remembers
@@ -102,8 +106,10 @@ def worst(
     return largest_error(states, net, optimizer(net, several_groups, caffe), gradients, ROUNDING)
 
 
-def largest_error(states: list[dict], net: nn.Module, rule: lars.LARS, gradients: Callable[[int], None], rounding: float) -> float:
-    """`worst` for a rule on `net`, whose `gradients` come from elsewhere and are those of the engine up to `rounding`."""
+def largest_error(
+    states: list[dict], net: nn.Module, rule: lars.LARS, gradients: Callable[[int], None], rounding: float
+) -> float:
+    """`worst` for a rule on `net`, whose `gradients` are those of the engine up to `rounding`."""
     errors = []
     allowed = {n: torch.zeros(()) for n, _ in net.named_parameters()}  # of the velocity
     for step, ours in enumerate(states):
@@ -410,7 +416,7 @@ F.cross_entropy(plain(x), y).backward()
 rule.step()
 engine.backward(F.cross_entropy(engine(x.chunk(world)[rank]), y.chunk(world)[rank]))
 engine.step()
-# two evaluations, as in parity.py: a gradient element is a sum of 6 products behind sums of 5 and 13; the step is the velocity
+# two evaluations, as in parity.py: a gradient element is a sum of 6 products behind sums of 5 and 13; w' = w - v'
 u, k = 2.0**-24, 6 + 5 + 13
 for p, q, w in zip(plain.parameters(), net.parameters(), before):
     assert (p - q).norm() <= u * ((4 * k**0.5 + 4) * (p - w).norm() + 2 * p.norm()) and not torch.equal(p, w)

@@ -69,8 +69,8 @@ def test_local_response_norm_is_the_published_formula() -> None:
     for c in range(9):
         neighbours = x[:, max(0, c - 2) : c + 3].double()
         expected[:, c] = x[:, c] / (1 + 1e-4 / 5 * (neighbours**2).sum(1)) ** 0.75
-    # u = 2^-24: a square, four sums, the factor and the 1 + are 7 u of what is raised to 0.75; the power 2 u, the division u,
-    # and u where `expected` was stored
+    # u = 2^-24: a square, four sums, the factor and the 1 + are 7 u of what is raised to 0.75; the power 2 u, the
+    # division u, and u where `expected` was stored
     torch.testing.assert_close(LocalResponseNorm()(x), expected, rtol=10 * 2.0**-24, atol=0)
 
 
