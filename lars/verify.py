@@ -28,9 +28,9 @@ from lars.reproduce import launch_file, processes_of, reproduce
 from lars.run import read_lines, read_result
 
 # How far the loss of a step may be moved by rounding, relative to it: sqrt(n) roundings of the unit u (Higham and Mary
-# 2019). In float32 (u = 2^-24) each of a path's n = 10^5 additions rounds; in tf32 and bf16 (u = 2^-11, 2^-9) products
+# 2019). In float32 (u = 2^-24) each of a path's n = 10^5 additions rounds; in tf32 and bf16 (u = 2^-11, 2^-8) products
 # are added in float32, so only the inputs of its 200 layers do.
-LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 200**0.5 * 2.0**-9}
+LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 200**0.5 * 2.0**-8}
 
 
 def overrides_of(run: Path, recipe_file: Path) -> list[str]:
