@@ -5,7 +5,7 @@ SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long parity launchers study tables chaos bench
+.PHONY: help setup reproduce-demo prove test test-long test-environments parity launchers study tables chaos bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -31,7 +31,10 @@ test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '$(PYTHON) -m pytest -m long -vv --no-header | tee tests/long.log'
+	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m pytest -m long -vv --no-header) | tee tests/long.log'
+
+test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
+	bash -o pipefail -c 'bash tests/environments.sh $(PYTHON) | tee tests/environments.log'
 
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
@@ -47,7 +50,7 @@ tables: $(SETUP)  ## write the READMEs' tables and the study's figures from reci
 	$(PYTHON) recipes/study/summary.py
 
 chaos: $(SETUP)  ## one run interrupted fifty times in every way, against an undisturbed one; the log is committed
-	bash -o pipefail -c '$(PYTHON) tests/chaos.py | tee tests/chaos.log'
+	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json

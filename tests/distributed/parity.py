@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DEMO, ROOT, play, tiny_overrides  # noqa: E402
 from lars import config  # noqa: E402
 from lars.engine import build_model  # noqa: E402
+from lars.run import commit  # noqa: E402
 
 RECIPE = DEMO / "resnet50.yaml"
 STEPS = 60
@@ -268,7 +269,7 @@ def main() -> int:
             for processes in PROCESSES[engine in ("plain", "ddp") :]:  # in one process these are the control
                 add(measure(engine, processes, control, tiny, folder))
         drifts = drift(control, tiny, folder)
-    result = {"recipe": f"demo/resnet50 with four blocks, {', '.join(BATCH)}", "steps": list(POINTS.values()), "rows": rows, "drift": drifts}
+    result = {"commit": commit(), "recipe": f"demo/resnet50 with four blocks, {', '.join(BATCH)}", "steps": list(POINTS.values()), "rows": rows, "drift": drifts}
     (here / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(drifts, here / "parity.png")
     readme = ROOT / "README.md"
