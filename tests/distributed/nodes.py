@@ -87,13 +87,17 @@ class Node:
                 how = {"env": own, "cwd": self.disk, "stdout": log, "stderr": log, "start_new_session": True}
                 self.started.append(subprocess.Popen(command, **how))
 
-    def wait_for_step(self, step: int, seconds: float = 240) -> None:
-        """Until this node, which must be rank 0's, has logged a step."""
-        metrics, end = self.run / "metrics.jsonl", time.monotonic() + seconds
-        while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+    def wait_for_checkpoint(self, seconds: float = 240) -> None:
+        """Until this node, which must be rank 0's, has saved a checkpoint and gone on for two steps."""
+        end = time.monotonic() + seconds
+        while not self._has_gone_on():
             alive = all(process.poll() is None for process in self.started)
-            assert alive and time.monotonic() < end, f"{self.name} did not come to step {step}: {self.said}"
+            assert alive and time.monotonic() < end, f"{self.name} saved nothing, or ended: {self.said}"
             time.sleep(0.02)
+
+    def _has_gone_on(self) -> bool:
+        steps = [int(folder.name.removeprefix("step-")) for folder in (self.run / "checkpoints").glob("step-*")]
+        return bool(steps) and f'"step": {min(steps) + 2},' in (self.run / "metrics.jsonl").read_text()
 
     def kill(self) -> None:
         """All its processes at once, the ranks' own children too."""

@@ -62,7 +62,7 @@ def test_a_node_is_killed_and_the_same_command_goes_on(
 ) -> None:
     dead, survivor = (cluster.b, cluster.a) if killed == "b" else (cluster.a, cluster.b)
     cluster.start(*keys, per_node=per_node)
-    cluster.a.wait_for_step(8)
+    cluster.a.wait_for_checkpoint()
     dead.kill()
     assert_it_names_the_dead_node(survivor, dead, time.monotonic())
 
@@ -77,7 +77,7 @@ def test_a_node_is_killed_and_the_same_command_goes_on(
 def test_the_nodes_change_places_and_the_end_is_seen_from_any_of_them(cluster: Cluster, keys: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
     """The launcher gives rank 0 to a node without a checkpoint; later only that one holds the finished run."""
     cluster.start(*keys)
-    cluster.a.wait_for_step(8)
+    cluster.a.wait_for_checkpoint()
     cluster.b.kill()
     assert_it_names_the_dead_node(cluster.a, cluster.b, time.monotonic())
 
@@ -160,7 +160,7 @@ def test_a_node_that_differs_is_refused_before_anything_is_written(
 def test_a_pulled_cable_ends_both_sides_within_a_minute(cluster: Cluster, keys: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
     """No connection is closed: only the missing signs of life tell."""
     cluster.start(*keys)
-    cluster.a.wait_for_step(8)
+    cluster.a.wait_for_checkpoint()
     cluster.cut()
     pulled = time.monotonic()
     assert_it_names_the_dead_node(cluster.a, cluster.b, pulled)
