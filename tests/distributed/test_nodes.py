@@ -137,7 +137,7 @@ def leave_it(node: Node, run: Path) -> None:
         pytest.param(edit_a_source, (), ("lars/optimizer.py", "worker-a"), id="source", marks=pytest.mark.long),
         pytest.param(change_rows, (), ("train-00001-of-00005.parquet", "509 rows"), id="rows", marks=pytest.mark.long),
         pytest.param(lose_a_file, (), ("train-00001-of-00005.parquet",), id="missing", marks=pytest.mark.long),
-        pytest.param(change_a_checkpoint, (), ("different checkpoints of step 24", "worker-a"), id="checkpoint"),
+        pytest.param(change_a_checkpoint, (), ("different checkpoints of step 24", "worker-a"), id="checkpoint", marks=pytest.mark.long),
     ],
 )
 def test_a_node_that_differs_is_refused_before_anything_is_written(
