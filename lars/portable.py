@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lars import config
@@ -23,13 +24,14 @@ VARIABLES = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # convolutions
     "MKL_CBWR": "COMPATIBLE",  # matrix products; its "AVX2" has other bits on AMD's CPUs than on Intel's
 }
+PACKAGES = ("torch", "timm", "numpy", "pillow", "simplejpeg", "opencv-python-headless")  # other versions, other bits
 _NEEDED = ("avx2", "fma")  # fma: glibc's exp and log use it where it is there
 _DISPATCHED = ("avx", "sse4", "fma", "amx", "f16c")  # beginnings of the flags by which libraries choose kernels
 
 
 def pin(arguments: list[str]) -> None:
     """Set the variables if the recipe named by a command line of `recipes/train.py` asks for `runtime.portable`."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(arguments)
     if "torch" in sys.modules or not known.config or _cpu_lacks():
@@ -48,20 +50,34 @@ def set_variables() -> None:
         os.environ.update(VARIABLES)
 
 
+def excluded() -> str | None:
+    """Why no process that is started from this one can be portable on the CPU; None if it can. Imports no torch."""
+    others = (f"{name}={os.environ[name]} is set" for name, value in VARIABLES.items() if os.environ.get(name, value) != value)
+    return _cpu_lacks() or next(others, None)
+
+
 def obstacle() -> str | None:
     """Why the arithmetic of this process is not portable; None if it is."""
-    if lacks := _cpu_lacks():
-        return lacks
-    for name, value in VARIABLES.items():
-        found = os.environ.get(name)
-        if found is None:
+    if reason := excluded():
+        return reason
+    for name in VARIABLES:
+        if name not in os.environ:
             return f"{name} is not set, because torch was imported first"
-        if found != value:
-            return f"{name}={found} is set"
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
     return None if capability == "AVX2" else f"torch uses {capability}"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the bits of a portable run."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def cpu() -> tuple[str, str]:

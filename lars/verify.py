@@ -7,6 +7,8 @@ keys), `metrics.jsonl`, `result.json`. With `--steps` only a prefix is trained. 
 - DIFFERENT RUN, exit status 1: the numeric environments match and the bits do not; the first step that differs is named.
 - PASS or FAIL up to rounding, where the environments differ: same samples and rates, losses of the first two steps (from
   the same weights, and after one update) within rounding, final top-1 within what seeds give (`lars.report`).
+
+Between two portable runs the CPU is no difference: there it is SAME or DIFFERENT RUN, whoever made the CPUs.
 """
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lars import config
-from lars.config import RecipeError
+from lars import config, portable
+from lars.config import RecipeError, Runtime
 from lars.report import committed_results, expected_interval
 from lars.reproduce import launch_file, processes_of, reproduce
 from lars.run import read_lines, read_result
@@ -42,9 +44,9 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
     ran = OmegaConf.load(run / "config.yaml")
     recipe = config.load(recipe_file, [])
     free = {k: v for k, v in config.flatten(recipe).items() if k.startswith("runtime.") or k in ("data.path", "data.revision")}
-    overrides = []
+    overrides, neutral = [], {f"runtime.{key}": value for key, value in vars(Runtime()).items()}
     for key, written in {**config.trajectory(recipe), **free}.items():
-        value = OmegaConf.select(ran, key, default=written)
+        value = OmegaConf.select(ran, key, default=neutral.get(key, written))  # an older version had fewer runtime keys
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         if value != written:
             overrides.append(f"{key}={json.dumps(value)}")
@@ -57,6 +59,9 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     if claimed["data_fingerprint"] != repeated["data_fingerprint"]:
         return False, [f"DIFFERENT DATA: fingerprint {claimed['data_fingerprint'][:12]} -> {repeated['data_fingerprint'][:12]}"]
     steps = min(claimed["steps"], repeated["steps"])
+    note = []
+    if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
+        note = [f"the run is portable, this repetition is not: {_why_not_portable(repeated)}"]
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     pairs = _pairs(run, again, "train", steps)
     if len(pairs) < steps:
@@ -65,13 +70,14 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     hashes = [k for k in ("samples_hash", "weights_sha256", "top1", "top5") if whole and claimed[k] != repeated[k]]
     length = f"{steps} steps" if whole else f"the first {steps} of {claimed['steps']} steps"
     if not different and not hashes:
-        return True, [f"SAME RUN: {length}, bit for bit" + (f", weights {claimed['weights_sha256'][:16]}" if whole else "")]
+        weights = f", weights {claimed['weights_sha256'][:16]}" if whole else ""
+        return True, [*note, f"SAME RUN: {length}, bit for bit{weights}"]
     reasons = [f"{k}: {a} -> {b}" for k, a, b in _environment(run, again) if a != b]
     first = min(different, key=lambda pair: pair[0]["step"], default=None)
     where = f"step {first[0]['step']}: {first[0]} -> {first[1]}" if first else f"{', '.join(hashes)} differ, the losses do not"
     if not reasons:
         return False, [f"DIFFERENT RUN: the numeric environment is the same and the bits are not; {where}"]
-    lines = [f"other bits are expected ({'; '.join(dict.fromkeys(reasons))}), so up to rounding:"]
+    lines = [*note, f"other bits are expected ({'; '.join(dict.fromkeys(reasons))}), so up to rounding:"]
     bound = LOSS_BOUND[OmegaConf.load(again / "config.yaml").precision]
     checks = [("rates", all(a["lr"] == b["lr"] and a["images"] == b["images"] for a, b in pairs), "")]
     if whole:
@@ -102,10 +108,25 @@ def _pairs(run: Path, again: Path, kind: str, steps: int) -> list[tuple[dict[str
 def _environment(run: Path, again: Path) -> list[tuple[str, Any, Any]]:
     """(what, there, here) of all that decides whether bits can be the same. A numeric run promises none, not even to itself."""
     claimed, repeated = read_result(run), read_result(again)
-    rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in sorted(repeated["environment"]) if k != "python"]
+    promises = (claimed["reproducibility"], repeated["reproducibility"])
+    ignored = {"python"} | (set() if "cpu_flags" in claimed["environment"] else {"cpu_flags"})  # older versions did not write them
+    ignored |= {"device", "cpu_flags"} if promises == ("portable", "portable") else set()
+    keys = sorted(repeated["environment"].keys() - ignored)
+    rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in keys]
     there, here = (OmegaConf.load(folder / "config.yaml").runtime for folder in (run, again))
-    rows += [(f"runtime.{k}", there.get(k), here[k]) for k in here if k != "hang_seconds"]
-    return rows + [("reproducibility", r["reproducibility"], "bitwise") for r in (claimed, repeated)]
+    neutral = vars(Runtime())
+    rows += [(f"runtime.{k}", there.get(k, neutral.get(k)), here[k]) for k in here if k != "hang_seconds"]
+    if "numeric" not in promises:
+        return [*rows, ("reproducibility", *promises)]
+    return rows + [("reproducibility", promise, "bitwise") for promise in promises if promise == "numeric"]
+
+
+def _why_not_portable(result: dict[str, Any]) -> str:
+    if result["reproducibility"] == "numeric":
+        return f"{result.get('engine')} promises no bits"
+    if "cudnn" in result["environment"]:
+        return f"it ran on a GPU, {result['environment']['device']}"
+    return portable.excluded() or f"it ran with {result['environment'].get('instructions')}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,7 +32,8 @@ class Watchdog:
     def __init__(self, peers: Peers, seconds: float, give_up: Callable[..., None]) -> None:
         self.peers, self.seconds, self.give_up = peers, seconds, give_up
         self.tick = min(1.0, seconds / 4)
-        self.ticks, self.moved = 0, None  # own ticks so far; nothing is late before the first pass: an engine may be slow to start
+        self.ticks, self.moved = 0, 0  # own ticks so far, and when the main thread last moved
+        self.started = False  # no process hangs before its first pass: an engine may take its time to start
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
         self.seen: dict[int, tuple[list, int]] = {}  # rank -> its last sign of life, and my tick when it was new
         self.store_lost_at: int | None = None
@@ -51,7 +52,7 @@ class Watchdog:
 
     def at(self, step: int, part: int) -> None:
         """The main thread has come to a pass (or a part of an evaluation) of a step."""
-        self.place, self.moved = (step, part), self.ticks
+        self.place, self.moved, self.started = (step, part), self.ticks, True
 
     def end(self) -> None:
         self.ended.set()
@@ -76,7 +77,7 @@ class Watchdog:
         while self.ticks - started <= 2 * _AT_ONCE and self.thread.is_alive():
             if who := self._gone(_AT_ONCE):
                 return who
-            self.ended.wait(self.tick / 2)
+            self.ended.wait(self.tick)
         return None
 
     def _watch(self) -> None:
@@ -87,12 +88,12 @@ class Watchdog:
                 self.store_lost_at = None
             except Exception:
                 self.store_lost_at = self.store_lost_at or self.ticks
-            late = self.ticks - self.moved if self.moved is not None else 0
+            late = self.ticks - self.moved
             if self.asked.is_set() or late < _QUIET:
                 continue
             if who := self._gone(GONE_AFTER):
                 self._complain(who)
-            if late * self.tick > self.seconds:
+            if self.started and late * self.tick > self.seconds:
                 self._complain(self._behind())
 
     def _gone(self, after: int) -> str | None:

@@ -22,7 +22,7 @@ portable.pin(sys.argv[1:])  # before anything imports torch, which reads its ins
 import torch
 from accelerate.utils import gather, gather_object
 from lars import ShardingError, bind, checkpoint
-from lars.agreement import Peers, finished_steps, resume, same_data, same_weights, strength
+from lars.agreement import Peers, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
 from lars.config import Recipe, RecipeError
@@ -38,7 +38,8 @@ from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
 from lars.progress import Progress, group_table
 from lars.reduction import StepSums
-from lars.run import RunFolder, environment, position, sources, versions, weights_sha256
+from lars.resume import finished_steps, resume
+from lars.run import RunFolder, environment, position, sources, versions
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
 from lars.watchdog import Watchdog
@@ -142,7 +143,7 @@ class Training:
         """One optimizer step; returns its mean loss and its rate. The loss is None if it was dropped: a signal, or no samples."""
         consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
         for index, part in zip(self.plan.local_passes(self.rank), slots):
-            if self.stopping(index):
+            if self.stopping(len(ids)):
                 return None, lr
             batch = batches.take(len(part))
             self.lacking = self.lacking or batch.lacking
@@ -154,6 +155,7 @@ class Training:
             consumed += samples_hash(self.step, part, batch.ids)
             bad += batch.bad
             ids.append(torch.from_numpy(batch.ids))
+        self.watchdog.at(self.step, len(slots))
         self.sums.add_counts([consumed, bad, self.lacking is not None])
         sums = self.sums.finish()
         if sums.counts[2]:  # some process played a stand-in; nothing of the step has been applied yet
@@ -164,9 +166,8 @@ class Training:
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
         if not self.engine.step(lr):
             self.explain(sums, slots)
-        self.step += 1
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
-        self.bad_images += sums.counts[1]
+        self.step, self.bad_images = self.step + 1, self.bad_images + sums.counts[1]
         if self.bad_images > (allowed := self.recipe.data.max_bad_fraction) * max(self.step * self.plan.global_batch, self.plan.samples):
             self.lacking = DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
         if self.recipe.ledger:
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    training, refused, checked = None, None, None
+    recipe, launched, checked, refused, training = None, None, None, None, None
     try:
         processes = process_count()
         try:
@@ -275,8 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise refused
             print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
             return 0
-        peers = Peers.meet(refused)  # before the rest: a process whose recipe is refused has none to go on with
-        training = Training(recipe, args.config, launched, peers)
+        training = Training(recipe, args.config, launched, Peers.meet(refused))
         return training.train() if training.setup(checked) else 0
     except (RecipeError, ShardingError, DataError, LockLost) as error:
         if first:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lars.agreement import Found, Peers, newest_checkpoint
+from lars.agreement import Peers
 from lars.checkpoint import CheckpointWriter, State, aliases, load_weights, read, saved
 from lars.config import Checkpoint, RecipeError
+from lars.resume import Found, newest_checkpoint
 
 
 def state(step: int, tied: dict[str, str] | None = None) -> State:
