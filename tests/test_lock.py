@@ -167,23 +167,28 @@ def said(ranks: Ranks) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_two_starts_in_one_folder(processes: int, tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
-    """The second is refused while the first runs, and takes over when that is suspended; the first, continued, stops."""
+def test_two_starts_in_one_folder(
+    processes: int, tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
+) -> None:
+    """A second start is refused while the first runs, and takes over when that is suspended; continued, it stops."""
     run = tmp_path / "run"
     keys = (*tiny, "max_steps=24", "ledger=true", "checkpoint.every_steps=3", f"run_dir={run}")
 
     def step_is_logged(step: int) -> bool:
         return (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text()
 
-    first = start_ranks(processes, RECIPE, *keys, log=tmp_path / "first", first=partial(pause, 5, tmp_path / "first goes on"))
+    until = partial(pause, 5, tmp_path / "first goes on")
+    first = start_ranks(processes, RECIPE, *keys, log=tmp_path / "first", first=until)
     wait_until(lambda: step_is_logged(4) and (run / "checkpoints/step-00000003").exists())
     refused = start_ranks(processes, RECIPE, *keys, log=tmp_path / "refused", first=short_times)
     assert refused.wait() == [2] * processes, refused.output
-    assert len(said(refused)) == 1 and f"is being written by process {first.processes[0].pid} on " in said(refused)[0], refused.output
+    assert len(said(refused)) == 1, refused.output
+    assert f"is being written by process {first.processes[0].pid} on " in said(refused)[0]
 
     for process in first.processes:
         os.kill(process.pid, signal.SIGSTOP)
-    second = start_ranks(processes, RECIPE, *keys, log=tmp_path / "second", first=partial(pause, 8, tmp_path / "second goes on"))
+    until = partial(pause, 8, tmp_path / "second goes on")
+    second = start_ranks(processes, RECIPE, *keys, log=tmp_path / "second", first=until)
     wait_until(lambda: step_is_logged(7))
     (tmp_path / "first goes on").touch()
     for process in first.processes:
@@ -197,9 +202,12 @@ def test_two_starts_in_one_folder(processes: int, tmp_path: Path, tiny: tuple[st
     ours, theirs = read_result(run), read_result(tiny_runs[1])
     assert (ours["status"], ours["weights_sha256"]) == ("finished", theirs["weights_sha256"])
     for name in ("metrics.jsonl", "ledger.jsonl"):
-        lines = [[{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(each / name)] for each in (run, tiny_runs[1])]
-        assert lines[0] == lines[1]
+        assert without_speed(run / name) == without_speed(tiny_runs[1] / name)
     assert not (run / "lock").exists() and list((run / "checkpoints").glob(".*")) == []
+
+
+def without_speed(file: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(file)]
 
 
 def pause(step: int, goes_on: Path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from conftest import DEMO, ROOT
 
-CLONED = ("lars", "launch", "recipes/alexnet", "recipes/train.py", "recipes/demo/model.py", "recipes/demo/resnet50.yaml")
+CLONED = (
+    "lars", "launch", "recipes/alexnet", "recipes/train.py", "recipes/demo/model.py", "recipes/demo/resnet50.yaml"
+)
 PORT = 29400  # each pair of nodes has networks of its own, so the port is free
 
 
@@ -74,10 +76,13 @@ class Node:
 
     def start(self, ranks: range, processes: int, master: str, *overrides: str) -> None:
         """Start these ranks of a run, as a launcher would, without its variables for threads."""
-        variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        of_threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        variables = {name: value for name, value in os.environ.items() if name not in of_threads}
         variables |= {"PYTHONPATH": str(self.clone), "GLOO_SOCKET_IFNAME": "veth", "PYTHONDONTWRITEBYTECODE": "1"}
-        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": master, "MASTER_PORT": str(PORT)}
-        train = [sys.executable, "clone/recipes/train.py", "--config", "clone/recipes/demo/resnet50.yaml", *overrides, "run_dir=run"]
+        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(len(ranks))}
+        variables |= {"MASTER_ADDR": master, "MASTER_PORT": str(PORT)}
+        train = [sys.executable, "clone/recipes/train.py", "--config", "clone/recipes/demo/resnet50.yaml"]
+        train += [*overrides, "run_dir=run"]
         named = ["sh", "-c", 'hostname "$0" && exec "$@"', self.name, *train]
         self.started = []
         with open(self.disk / "log", "w") as log:
