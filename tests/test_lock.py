@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,49 +167,59 @@ def said(ranks: Ranks) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_two_starts_in_one_folder(processes: int, tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
-    """The second is refused while the first runs, and takes over when that is suspended; the first, continued, stops."""
+def test_two_starts_in_one_folder(
+    processes: int, tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
+) -> None:
+    """A second start is refused while the first runs, and takes over when that is suspended; continued, it stops."""
     run = tmp_path / "run"
     keys = (*tiny, "max_steps=24", "ledger=true", "checkpoint.every_steps=3", f"run_dir={run}")
 
     def step_is_logged(step: int) -> bool:
         return (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text()
 
-    first = start_ranks(processes, RECIPE, *keys, log=tmp_path / "first", first=slow_steps)
-    wait_until(lambda: step_is_logged(1))
+    until = partial(pause, 5, tmp_path / "first goes on")
+    first = start_ranks(processes, RECIPE, *keys, log=tmp_path / "first", first=until)
+    wait_until(lambda: step_is_logged(4) and (run / "checkpoints/step-00000003").exists())
     refused = start_ranks(processes, RECIPE, *keys, log=tmp_path / "refused", first=short_times)
     assert refused.wait() == [2] * processes, refused.output
-    assert len(said(refused)) == 1 and f"is being written by process {first.processes[0].pid} on " in said(refused)[0], refused.output
+    assert len(said(refused)) == 1, refused.output
+    assert f"is being written by process {first.processes[0].pid} on " in said(refused)[0]
 
-    wait_until(lambda: step_is_logged(5))
     for process in first.processes:
         os.kill(process.pid, signal.SIGSTOP)
-    second = start_ranks(processes, RECIPE, *keys, log=tmp_path / "second", first=slow_steps)
-    wait_until(lambda: "resuming after step 3" in second.output and step_is_logged(8))
+    until = partial(pause, 8, tmp_path / "second goes on")
+    second = start_ranks(processes, RECIPE, *keys, log=tmp_path / "second", first=until)
+    wait_until(lambda: step_is_logged(7))
+    (tmp_path / "first goes on").touch()
     for process in first.processes:
         os.kill(process.pid, signal.SIGCONT)
     assert 0 not in first.wait(60) and first.processes[0].exitcode == 1, first.output
     assert f"process {second.processes[0].pid} on " in first.output and "has taken it over" in first.output
     assert len(said(first)) == 1 and "Traceback" not in first.output, first.output
-    assert second.wait() == [0] * processes, second.output
+    (tmp_path / "second goes on").touch()
+    assert second.wait() == [0] * processes and "resuming after step 3" in second.output, second.output
 
     ours, theirs = read_result(run), read_result(tiny_runs[1])
     assert (ours["status"], ours["weights_sha256"]) == ("finished", theirs["weights_sha256"])
     for name in ("metrics.jsonl", "ledger.jsonl"):
-        lines = [[{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(each / name)] for each in (run, tiny_runs[1])]
-        assert lines[0] == lines[1]
+        assert without_speed(run / name) == without_speed(tiny_runs[1] / name)
     assert not (run / "lock").exists() and list((run / "checkpoints").glob(".*")) == []
 
 
-def slow_steps() -> None:
-    """Steps long enough to do something in the middle of a run, and short times of the lock."""
-    from lars.engine_plain import Engine
+def without_speed(file: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(file)]
+
+
+def pause(step: int, goes_on: Path) -> None:
+    """Stop before the end of a step until a file appears; short times of the lock, which is counted up meanwhile."""
+    from recipes.train import Training
 
     short_times()
-    step = Engine.step
+    train_step = Training.train_step
 
-    def slow(self: Engine, lr: float) -> bool:
-        time.sleep(0.3)
-        return step(self, lr)
+    def paused(self: Training, *batches: object) -> object:
+        if self.step + 1 == step:
+            wait_until(goes_on.exists)
+        return train_step(self, *batches)
 
-    Engine.step = slow
+    Training.train_step = paused

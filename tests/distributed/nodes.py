@@ -12,7 +12,9 @@ from pathlib import Path
 
 from conftest import DEMO, ROOT
 
-CLONED = ("lars", "launch", "recipes/alexnet", "recipes/train.py", "recipes/demo/model.py", "recipes/demo/resnet50.yaml")
+CLONED = (
+    "lars", "launch", "recipes/alexnet", "recipes/train.py", "recipes/demo/model.py", "recipes/demo/resnet50.yaml"
+)
 PORT = 29400  # each pair of nodes has networks of its own, so the port is free
 
 
@@ -74,10 +76,13 @@ class Node:
 
     def start(self, ranks: range, processes: int, master: str, *overrides: str) -> None:
         """Start these ranks of a run, as a launcher would, without its variables for threads."""
-        variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        of_threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        variables = {name: value for name, value in os.environ.items() if name not in of_threads}
         variables |= {"PYTHONPATH": str(self.clone), "GLOO_SOCKET_IFNAME": "veth", "PYTHONDONTWRITEBYTECODE": "1"}
-        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": master, "MASTER_PORT": str(PORT)}
-        train = [sys.executable, "clone/recipes/train.py", "--config", "clone/recipes/demo/resnet50.yaml", *overrides, "run_dir=run"]
+        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(len(ranks))}
+        variables |= {"MASTER_ADDR": master, "MASTER_PORT": str(PORT)}
+        train = [sys.executable, "clone/recipes/train.py", "--config", "clone/recipes/demo/resnet50.yaml"]
+        train += [*overrides, "run_dir=run"]
         named = ["sh", "-c", 'hostname "$0" && exec "$@"', self.name, *train]
         self.started = []
         with open(self.disk / "log", "w") as log:
@@ -87,13 +92,17 @@ class Node:
                 how = {"env": own, "cwd": self.disk, "stdout": log, "stderr": log, "start_new_session": True}
                 self.started.append(subprocess.Popen(command, **how))
 
-    def wait_for_step(self, step: int, seconds: float = 240) -> None:
-        """Until this node, which must be rank 0's, has logged a step."""
-        metrics, end = self.run / "metrics.jsonl", time.monotonic() + seconds
-        while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+    def wait_for_checkpoint(self, seconds: float = 240) -> None:
+        """Until this node, which must be rank 0's, has saved a checkpoint and gone on for two steps."""
+        end = time.monotonic() + seconds
+        while not self._has_gone_on():
             alive = all(process.poll() is None for process in self.started)
-            assert alive and time.monotonic() < end, f"{self.name} did not come to step {step}: {self.said}"
+            assert alive and time.monotonic() < end, f"{self.name} saved nothing, or ended: {self.said}"
             time.sleep(0.02)
+
+    def _has_gone_on(self) -> bool:
+        steps = [int(folder.name.removeprefix("step-")) for folder in (self.run / "checkpoints").glob("step-*")]
+        return bool(steps) and f'"step": {min(steps) + 2},' in (self.run / "metrics.jsonl").read_text()
 
     def kill(self) -> None:
         """All its processes at once, the ranks' own children too."""
