@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from conftest import DEMO
 from lars import prove
@@ -67,7 +68,7 @@ def test_a_recipe_that_cannot_be_portable_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     compiled = tmp_path / "compiled.yaml"
-    compiled.write_text((DEMO / "alexnet.yaml").read_text() + "runtime: {compile: true}\n")
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(DEMO / "alexnet.yaml"), {"runtime": {"compile": True}}), compiled)
     monkeypatch.setattr("sys.argv", ["prove", str(compiled)])
     monkeypatch.setattr(prove, "play", lambda *_: pytest.fail("something ran"))
     assert prove.main() == 2
