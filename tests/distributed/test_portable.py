@@ -170,6 +170,8 @@ def test_train_ends_with_status_2_where_a_variable_is_missing(
 ) -> None:
     given = {**SIX, "RANK": "0", "LOCAL_RANK": "0"}
     del given["MASTER_PORT"]
+    with pytest.raises(RecipeError):  # before train.py is called, which would wait for the other process
+        launched.process_count(given)
     assert "not MASTER_PORT" in refused_by_train(monkeypatch, capsys, given)
 
 
@@ -181,6 +183,8 @@ def test_more_processes_than_gpus_is_refused_in_one_line(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert launched.process_count(SIX) == 2
     three = {**SIX, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    with pytest.raises(RecipeError):
+        launched.process_count(three)
     said = refused_by_train(monkeypatch, capsys, three)
     assert "3 processes on this machine share 2 GPUs" in said and "launch/cpu-2.yaml" in said
 
