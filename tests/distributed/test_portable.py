@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEMO, ROOT, play
+from conftest import DEMO, ROOT
 from distributed import portable as cells
-from lars import config, launched, portable
+from lars import agreement, config, launched, portable
 from lars.config import RecipeError
 from lars.run import read_result
 
@@ -31,9 +31,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @committed_here
-@pytest.mark.parametrize(("launcher", "processes"), [("bare", 1), ("torchrun", 2), ("srun-like", 2)])
+@pytest.mark.parametrize(("launcher", "processes"), [("bare", 1), ("torchrun", 2), ("one rank a node", 2)])
 def test_a_launcher_gives_the_committed_hash(launcher: str, processes: int, data: Path, tmp_path: Path) -> None:
-    """Without OMP_NUM_THREADS, which `srun` does not set; accelerate then sets a number of threads itself."""
+    """Without OMP_NUM_THREADS: torchrun sets it to 1, `srun` does not, and accelerate then takes all cores."""
     result = cells.launch(launcher, processes, cells.FEW, data, tmp_path / "run")
     assert (result["status"], result["reproducibility"], result["world_size"]) == ("finished", "portable", processes)
     assert result["environment"]["threads"] == 1
@@ -128,11 +128,26 @@ def test_portable_and_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: runtime.compile=true makes kernels for this CPU, which runtime.portable=true")
 
 
+@pytest.mark.long
+@needs_portable
 @pytest.mark.parametrize("where", ["zero1", "fsdp2"])
-def test_zero_and_fsdp2_stay_numeric(where: str, tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    keys = (*tiny, "runtime.portable=true", "max_steps=1", f"run_dir={tmp_path / 'run'}")
-    printed = play(1, DEMO / "resnet50.yaml", *keys, log=tmp_path / "log", where=where)
-    assert read_result(tmp_path / "run")["reproducibility"] == "numeric" and f"{where} on cpu, numeric" in printed
+def test_zero_and_fsdp2_stay_numeric(where: str, data: Path, tmp_path: Path) -> None:
+    told = {**SIX, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    told |= {"MASTER_PORT": cells.free_port(), **launched.environment_of(ROOT / f"launch/{where}.yaml")}
+    command = [sys.executable, "recipes/train.py", *cells.arguments(cells.RECIPE, 1, data, tmp_path / "run")]
+    done = subprocess.run(command, env=cells.clean(**told), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_result(tmp_path / "run")
+    assert (result["engine"], result["reproducibility"]) == (where, "numeric")
+    assert result["environment"]["instructions"] == "AVX2"  # nothing else stood in the way
+
+
+@pytest.mark.parametrize(("promised", "given"), [("bitwise", "portable"), ("numeric", "numeric")])
+def test_only_what_is_bitwise_becomes_portable(promised: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "obstacle", lambda: None)
+    monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
+    recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=true"])
+    assert agreement.strength(agreement.Peers(), promised, recipe, {"device": "a CPU"})[0] == given
 
 
 def test_the_pins_come_before_torch() -> None:
@@ -170,6 +185,8 @@ def test_train_ends_with_status_2_where_a_variable_is_missing(
 ) -> None:
     given = {**SIX, "RANK": "0", "LOCAL_RANK": "0"}
     del given["MASTER_PORT"]
+    with pytest.raises(RecipeError):  # before train.py is called, which would wait for the other process
+        launched.process_count(given)
     assert "not MASTER_PORT" in refused_by_train(monkeypatch, capsys, given)
 
 
@@ -181,6 +198,8 @@ def test_more_processes_than_gpus_is_refused_in_one_line(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert launched.process_count(SIX) == 2
     three = {**SIX, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    with pytest.raises(RecipeError):
+        launched.process_count(three)
     said = refused_by_train(monkeypatch, capsys, three)
     assert "3 processes on this machine share 2 GPUs" in said and "launch/cpu-2.yaml" in said
 
