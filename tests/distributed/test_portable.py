@@ -207,3 +207,9 @@ def test_more_processes_than_gpus_is_refused_in_one_line(
 def test_portable_is_no_key_of_the_trajectory() -> None:
     recipes = [config.load(DEMO / "alexnet.yaml", [f"runtime.portable={value}"]) for value in ("true", "false")]
     assert config.trajectory(recipes[0]) == config.trajectory(recipes[1])
+
+
+def test_the_page_shows_the_committed_table() -> None:
+    text = cells.PAGE.read_text()
+    start, end = (text.index(mark) for mark in cells.TABLE)
+    assert text[start + len(cells.TABLE[0]) : end] == cells.table(COMMITTED)
