@@ -130,6 +130,16 @@ def test_the_table_of_engines_is_the_committed_measurement_and_every_row_of_ours
     assert {(row["engine"], row["processes"]) for row in ours} == expected
 
 
+def test_the_table_of_launchers_and_cpus_is_the_committed_one() -> None:
+    from distributed.portable import FILE, TABLE, table
+
+    text, shown = (ROOT / "README.md").read_text(), table(json.loads(FILE.read_text()))
+    assert shown.count("emulated") == 3 and "nothing pinned" in shown
+    if TABLE[0] not in text:
+        pytest.skip("the README has no place for it yet")
+    assert text[text.index(TABLE[0]) + len(TABLE[0]) : text.index(TABLE[1])] == shown
+
+
 def test_the_costs_on_the_card_are_the_committed_measurement() -> None:
     text = (ROOT / "lars/README.md").read_text()
     models = json.loads((ROOT / "tests/benchmarks/optimizer_step.json").read_text())["models"]

@@ -1,4 +1,6 @@
-"""`make launchers`: one hash whatever starts a run, and whatever x86-64 CPU it runs on. Writes portable.json.
+"""`make launchers`: one hash whatever starts a run, and whatever x86-64 CPU it runs on.
+
+Writes portable.json beside itself, and the README's table where the README has its marks.
 
 - launchers: twenty steps of a demo recipe with `runtime.portable=true` under each launcher, with 1, 2 and 4 processes.
 - emulated: two steps of both demo recipes, loader included, on CPUs that qemu-x86_64 emulates, against this one. An
@@ -285,6 +287,11 @@ def main() -> int:
         result = measure(Path(folder))
     FILE.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if TABLE[0] in text:
+        start, end = (text.index(mark) for mark in TABLE)
+        readme.write_text(text[: start + len(TABLE[0])] + table(result) + text[end:])
     for fault in (found := faults(result)):
         print(f"FAIL: {fault}", file=sys.stderr)
     return 1 if found else 0
