@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,11 @@ from lars import portable
 from lars.config import Data, Recipe, RecipeError
 from lars.data.index import Index, on_this_node
 from lars.launched import uses_cpu, uses_deepspeed
-from lars.run import weights_sha256
+from lars.run import environment, weights_sha256
+
+if TYPE_CHECKING:  # these two know this file
+    from lars.checkpoint import State
+    from lars.engine_plain import Engine
 
 T = TypeVar("T")
 
@@ -183,30 +187,42 @@ def same_weights(peers: Peers, weights: dict[str, Tensor], step: int) -> str:
     return digests[0]
 
 
-def strength(peers: Peers, promised: str, recipe: Recipe, environment: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """The strength of this run's promise, why it is not the one to be expected, and the environments for the result.
+def strength(peers: Peers, engine: Engine, recipe: Recipe, resumed: State | None) -> tuple[dict[str, Any], str]:
+    """What the result says of a run's promise and of where it was made; and why the promise is not the one to be expected.
 
     Args:
-        promised: what the engine gives, "bitwise" or "numeric".
-        environment: this process's numeric environment.
+        engine: built, so that its numeric environment is the one that will train.
+        resumed: what the run goes on from; a promise is no stronger than the steps so far allow.
     """
-    everybody = peers.gather(environment)
+    everybody = peers.gather(environment(engine.device))
     others = [{"rank": rank, **other} for rank, other in enumerate(everybody) if other not in everybody[:rank]][1:]
-    found = {"environment": everybody[0], "other_environments": others}
+    now, why = _strength_from_here(peers, engine.reproducibility, recipe, everybody[0], others)
+    if resumed and now != "numeric" and not now == resumed.made.get("reproducibility") == "portable":
+        then = {"reproducibility": now} if not resumed.made and now == "bitwise" else resumed.made
+        before = {"the promise": then.get("reproducibility"), **then.get("environment", everybody[0])}
+        for key, value in {"the promise": now, **everybody[0]}.items():
+            if key != "python" and before.get(key) != value:
+                now, why = "numeric", f"its steps so far were made with {key} {_short(before.get(key))}, not {_short(value)}"
+                break
+    return {"reproducibility": now, "environment": everybody[0], "other_environments": others}, why
+
+
+def _strength_from_here(
+    peers: Peers, promised: str, recipe: Recipe, ours: dict[str, Any], others: list[dict[str, Any]]
+) -> tuple[str, str]:
     if promised == "numeric":
-        return promised, "", found
+        return promised, ""
     hindered = [None] * peers.processes
     if recipe.runtime.portable:
         hindered = peers.gather(portable.obstacle() if uses_cpu() else "it runs on a GPU")
     of_the_cpu = {"device", "cpu_flags"} if recipe.runtime.portable and not any(hindered) else set()
     for other in others:
         for key in sorted(other.keys() - {"rank", "python", *of_the_cpu}):
-            if other[key] != everybody[0].get(key):
-                ours = _short(everybody[0].get(key))
-                return "numeric", f"{peers.name(other['rank'])} has {key} {_short(other[key])}, not {ours}", found
+            if other[key] != ours.get(key):
+                return "numeric", f"{peers.name(other['rank'])} has {key} {_short(other[key])}, not {_short(ours.get(key))}"
     if of_the_cpu:
-        return "portable", "", found
-    return promised, next((f"not portable on {peers.name(rank)}: {why}" for rank, why in enumerate(hindered) if why), ""), found
+        return "portable", ""
+    return promised, next((f"not portable on {peers.name(rank)}: {why}" for rank, why in enumerate(hindered) if why), "")
 
 
 def _short(value: Any) -> str:

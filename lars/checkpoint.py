@@ -43,6 +43,7 @@ class State:
     trajectory: dict[str, Any]
     aliases: dict[str, str] = field(default_factory=dict)  # second name of a tied weight -> the first one
     files: dict[str, str] = field(default_factory=dict)  # file -> SHA-256
+    made: dict[str, Any] = field(default_factory=dict)  # `reproducibility` so far, and the numeric `environment`
 
 
 class CheckpointWriter:

@@ -68,6 +68,11 @@ class RunFolder:
             _cut_back(self.path / name, step, evaluated=evaluation.get("step") == step)
         self._write_result()
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """How the steps so far were made, for a checkpoint."""
+        return {key: self.result[key] for key in ("reproducibility", "environment")}
+
     def log(self, kind: str, **values: Any) -> None:
         """Append a line to metrics.jsonl; `result.json` is refreshed with evaluations and at most once a second.
 

@@ -39,7 +39,7 @@ from lars.nonfinite import explain_nonfinite
 from lars.progress import Progress, group_table
 from lars.reduction import StepSums
 from lars.resume import finished_steps, resume
-from lars.run import RunFolder, environment, position, sources, versions
+from lars.run import RunFolder, position, sources, versions
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
 from lars.watchdog import Watchdog
@@ -90,15 +90,14 @@ class Training:
         same_weights(peers, self.engine.weights(), self.step)
         self.sums = self.engine.sums(plan.passes, counts=3)
         self.audit = Audit(self.order, self.step, self.samples_hash)
-        promise, why, environments = strength(peers, self.engine.reproducibility, recipe, environment(self.engine.device))
-        facts = {"reproducibility": promise, "world_size": plan.processes, "engine": self.engine.name}
-        facts |= {"data_fingerprint": self.fingerprint, **environments}
+        facts, why = strength(peers, self.engine, recipe, state)
+        facts |= {"world_size": plan.processes, "engine": self.engine.name, "data_fingerprint": self.fingerprint}
         self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
             self.engine.accelerator.init_trackers("logs")
             self.folder.tracker = self.engine.accelerator.log
-        engine = f"{self.engine.name} on {self.engine.device.type}, {promise}{f' ({why})' if why else ''}"
+        engine = f"{self.engine.name} on {self.engine.device.type}, {facts['reproducibility']}{f' ({why})' if why else ''}"
         self.say(f"{plan.start_up_line()} | {engine}\n{memory}\n{groups}")
         return True
 
@@ -214,8 +213,9 @@ class Training:
         weights, momentum = self.engine.weights(), self.engine.momentum()
         self.digest = same_weights(self.peers, weights, self.step)
         if self.rank == 0:
-            progress = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation)
-            self.writer.save(checkpoint.State(*progress, self.fingerprint, config.trajectory(self.recipe), self.aliases), weights, momentum)
+            numbers = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation, self.fingerprint)
+            state = checkpoint.State(*numbers, config.trajectory(self.recipe), self.aliases, made=self.folder.made)
+            self.writer.save(state, weights, momentum)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         self.seconds, rate = self.seconds + took, self.plan.global_batch / took

@@ -116,7 +116,8 @@ def tiny_overrides(folder: Path) -> tuple[str, ...]:
         table = pq.read_table(DEMO / "data" / f"{source}.parquet").slice(0, rows)
         pq.write_table(table, folder / f"{source}.parquet", row_group_size=50)
     model = ("model.kwargs.layers=[1,1,1,1]", "global_batch=96", "bn_group=4", "runtime.micro_batch=8")
-    return (f"data.path={folder}", *model, "trackers=[]")
+    # ranks that are forked have imported torch already and cannot be portable; those of a launcher beside them must not be
+    return (f"data.path={folder}", *model, "runtime.portable=false", "trackers=[]")
 
 
 @pytest.fixture(scope="session")

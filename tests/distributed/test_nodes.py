@@ -33,7 +33,7 @@ def cluster(tmp_path: Path, tiny: tuple[str, ...]) -> Iterator[Cluster]:
 @pytest.fixture
 def keys(tiny: tuple[str, ...]) -> tuple[str, ...]:
     """The run of `tiny_runs`, on the data that each node has beside its recipe."""
-    return (*tiny[1:], "runtime.portable=false", "max_steps=24", "ledger=true", "checkpoint.every_steps=3")
+    return (*tiny[1:], "max_steps=24", "ledger=true", "checkpoint.every_steps=3")
 
 
 def assert_the_same_run(node: Node, control: Path) -> None:

@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import DEMO, ROOT
 from distributed import portable as cells
 from lars import agreement, config, launched, portable
 from lars.config import RecipeError
-from lars.run import read_result
+from lars.run import environment, read_result
 
 COMMITTED = json.loads(cells.FILE.read_text())
 SIX = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -96,7 +98,8 @@ def test_a_variable_of_the_user_wins_and_the_run_says_that_it_is_not_portable(da
 
 def test_all_variables_are_set_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in portable.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     portable.set_variables()
     assert [os.environ.get(name) for name in portable.VARIABLES] == [None, None, "AVX2"]
@@ -148,7 +151,35 @@ def test_only_what_is_bitwise_becomes_portable(promised: str, given: str, monkey
     monkeypatch.setattr(portable, "obstacle", lambda: None)
     monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
     recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=true"])
-    assert agreement.strength(agreement.Peers(), promised, recipe, {"device": "a CPU"})[0] == given
+    engine = SimpleNamespace(reproducibility=promised, device=torch.device("cpu"))
+    assert agreement.strength(agreement.Peers(), engine, recipe, None)[0]["reproducibility"] == given
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        ({}, "numeric"),  # a checkpoint of before does not say how its steps were made
+        ({"reproducibility": "portable", "environment": {"device": "another CPU"}}, "portable"),
+        ({"reproducibility": "bitwise", "environment": {"device": "another CPU"}}, "numeric"),
+        ({"reproducibility": "numeric", "environment": {}}, "numeric"),
+    ],
+)
+def test_a_resumed_run_is_no_stronger_than_its_steps_so_far(made: dict, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "obstacle", lambda: None)
+    monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
+    engine, before = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu")), SimpleNamespace(made=made)
+    recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=true"])
+    assert agreement.strength(agreement.Peers(), engine, recipe, before)[0]["reproducibility"] == given
+
+
+@pytest.mark.parametrize(("device", "given"), [("another CPU", "numeric"), (None, "bitwise")])
+def test_a_bitwise_run_that_changes_its_cpu_becomes_numeric(device: str | None, given: str) -> None:
+    engine = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu"))
+    here = environment(engine.device)
+    before = SimpleNamespace(made={"reproducibility": "bitwise", "environment": {**here, "device": device or here["device"]}})
+    recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=false"])
+    found, why = agreement.strength(agreement.Peers(), engine, recipe, before)
+    assert found["reproducibility"] == given and ("another CPU" in why) == (given == "numeric")
 
 
 def test_the_pins_come_before_torch() -> None:
