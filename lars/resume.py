@@ -32,7 +32,7 @@ def newest_checkpoint(peers: Peers, run: Path) -> Found | None:
         claims = [c for c in checkpoint.claims(run) if c.path not in damaged] if peers.leads_node else []
         offered = peers.gather((claims[-1].step, claims[-1].digest) if claims else None)
         if not any(offered):
-            if any(peers.gather(bool(damaged))):
+            if any(peers.gather(peers.leads_node and bool(checkpoint.saved(run)))):
                 raise RecipeError(f"all checkpoints in {run} are damaged: FRESH=1 or another run_dir=... starts over")
             return None
         step = max(offer[0] for offer in offered if offer)

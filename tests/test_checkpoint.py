@@ -58,10 +58,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str,
     assert ("step-00000002 is damaged" in caplog.text and "falling back" in caplog.text) == (expected == 1)
 
 
-def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_start(file: str, tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     write(tmp_path, 1)
-    (saved(tmp_path)[0] / "model.safetensors").write_bytes(b"")
+    (saved(tmp_path)[0] / file).write_bytes(b"")
     with pytest.raises(RecipeError, match="run_dir"):
         newest(tmp_path)
 
