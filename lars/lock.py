@@ -42,11 +42,14 @@ class RunLock:
         """Take the lock, from a dead owner if need be; that can take a minute where the owner ran on another machine.
 
         Raises:
-            RecipeError: another process writes this folder.
+            RecipeError: another process writes this folder, or nobody can.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            self._wait_until_dead()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._wait_until_dead()
+        except OSError as error:
+            raise RecipeError(f"run_dir={self.file.parent} cannot be written ({error.strerror}): give another run_dir=...") from None
         threading.Thread(target=self._keep_counting, daemon=True).start()
 
     def check(self) -> None:

@@ -223,3 +223,9 @@ def pause(step: int, goes_on: Path) -> None:
         return train_step(self, *batches)
 
     Training.train_step = paused
+
+
+def test_a_folder_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RecipeError, match="cannot be written"):
+        RunLock(tmp_path / "run").acquire()
