@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lars.agreement import Peers
-from lars.checkpoint import CheckpointWriter, State, aliases, load_weights, read, saved
+from lars.checkpoint import CheckpointWriter, State, aliases, claims, load_weights, read, saved
 from lars.config import Checkpoint, RecipeError
 from lars.resume import Found, newest_checkpoint
 
@@ -127,3 +128,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path,
     writer.save(state(3), {"w": torch.zeros(1 << 20)}, {})  # there is room again
     writer.wait()
     assert newest(tmp_path).state.step == 3
+
+
+@pytest.mark.parametrize(("change", "same"), [({"seconds": 2.0}, True), ({"samples_hash": 2}, False), ({"trajectory": {"seed": 1}}, False)])
+def test_two_nodes_that_took_another_time_hold_the_same_checkpoint(change: dict, same: bool, tmp_path: Path) -> None:
+    """And those of another run do not."""
+    for node, differing in (("a", {}), ("b", change)):
+        writer = CheckpointWriter(tmp_path / node, Checkpoint())
+        writer.save(replace(state(1), **differing), {"w": torch.ones(3)}, {})
+        writer.wait()
+    (one,), (other,) = (claims(tmp_path / node) for node in ("a", "b"))
+    assert (one.digest == other.digest) == same
