@@ -137,23 +137,18 @@ class Peers:
         self.share(refused)
         return result
 
-    def differences(self, facts: Mapping[str, Any]) -> list[tuple[int, str, Any, Any]]:
-        """(rank, key, its value, rank 0's value): the first key of each process in which it differs from rank 0.
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Go on only if all processes hold the same facts.
 
         Rank 0 sends its facts once and the others compare, so that thousands of processes do not all read each other's.
+
+        Raises:
+            RecipeError: on all processes; names the first node that differs, its first such key and both values.
         """
         reference = self.broadcast(dict(facts))
         keys = (key for key in {**reference, **facts} if reference.get(key) != facts.get(key))
         first = next(((key, facts.get(key), reference.get(key)) for key in keys), None)
-        return [(rank, *found) for rank, found in enumerate(self.gather(first)) if found]
-
-    def agree(self, facts: Mapping[str, Any]) -> None:
-        """Go on only if all processes hold the same facts.
-
-        Raises:
-            RecipeError: on all processes; names the node, the key and both values.
-        """
-        for rank, key, theirs, ours in self.differences(facts):
+        for rank, (key, theirs, ours) in ((rank, found) for rank, found in enumerate(self.gather(first)) if found):
             raise RecipeError(
                 f"{self.name(rank)} has {key}={_short(theirs)}, {self.name(0)} has {_short(ours)}: all processes of a run need "
                 "the same recipe, sources, versions and data"

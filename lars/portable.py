@@ -69,10 +69,10 @@ def obstacle() -> str | None:
     return None if capability == "AVX2" else f"torch uses {capability}"
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide the bits of a portable run."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed versions: of the packages that decide the bits of a portable run, or of others; absent ones are left out."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

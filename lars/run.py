@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +249,4 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a run rests on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return portable.versions(_PACKAGES)
