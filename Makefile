@@ -31,7 +31,7 @@ test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m pytest -m long -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
+	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m pytest -m long -n 2 --dist loadfile -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c 'bash tests/environments.sh $(PYTHON) | tee tests/environments.log'
