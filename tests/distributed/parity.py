@@ -95,6 +95,7 @@ def take_timm() -> None:
     train.evaluate = lambda *_: (scores, None)  # its weights may be past evaluating
     for kind in (engine_plain.Engine, engine_deepspeed.DeepSpeed):
         kind.momentum, kind.load_momentum = lambda self: {}, lambda self, momentum: None
+        kind.trust_ratios = lambda self: {}
 
 
 def nudge() -> None:
