@@ -1,0 +1,54 @@
+"""Does every mend have a test that would miss it? Takes each back alone, in a copy of the tree, and sees its test fail.
+
+    python -m tests.hostile.reverts [words of a mend ...]
+
+`reverts/*.yaml` lists them: `mend` (what it is), `file`, `mended` and `broken` (a piece of that file, which stands there
+once, and what takes its place), `test` (a pytest node). Without the change the test must pass. The log is committed.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PASSED, FAILED = 0, 1  # pytest's exit statuses
+
+
+def run(test: str, tree: Path) -> int:
+    """pytest's exit status of one test with the sources of `tree`."""
+    line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", test]
+    return subprocess.run(line, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True).returncode
+
+
+def main(words: list[str]) -> int:
+    mends = [mend for file in sorted(Path(__file__).parent.glob("reverts/*.yaml")) for mend in yaml.safe_load(file.read_text())]
+    chosen, bad, passing = [m for m in mends if all(word in m["mend"] for word in words)], 0, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = Path(temporary) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
+        for mend in chosen:
+            file = tree / mend["file"]
+            text = file.read_text()
+            if text.count(mend["mended"]) != 1:
+                found = f"the mended piece stands {text.count(mend['mended'])} times in {mend['file']}"
+            elif passing.setdefault(mend["test"], run(mend["test"], tree)) != PASSED:
+                found = "its test does not pass with the mend"
+            else:
+                file.write_text(text.replace(mend["mended"], mend["broken"]))
+                status = run(mend["test"], tree)
+                file.write_text(text)
+                found = "red" if status == FAILED else f"NOT RED (pytest's status {status})"
+            bad += found != "red"
+            print(f"{found:8}  {mend['mend']}  [{mend['test']}]", flush=True)
+    print(f"{len(chosen)} mends taken back, {len(chosen) - bad} of their tests fail without them")
+    return 1 if bad or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
