@@ -1,1 +1,0 @@
-"""The tests of this folder import `promises` by its name."""
