@@ -5,7 +5,7 @@ SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long test-environments parity launchers study tables chaos bench
+.PHONY: help setup reproduce-demo prove test test-long test-environments parity launchers study tables chaos fuzz bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -49,8 +49,11 @@ tables: $(SETUP)  ## write the READMEs' tables and the study's figures from reci
 	$(PYTHON) -m lars.tables
 	$(PYTHON) recipes/study/summary.py
 
-chaos: $(SETUP)  ## one run interrupted fifty times in every way, against an undisturbed one; the log is committed
+chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undisturbed one; the log is committed
 	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
+
+fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
+	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lars.config import Recipe
 from lars.data.index import Index
 from lars.data.loader import evaluation_batches
+from lars.data.source import DataError
 from lars.engine_plain import Engine
 from lars.reduction import OrderFreeSum
 
@@ -57,7 +58,7 @@ def evaluate(
     if stand_ins:
         return None, lacking
     if bad:
-        raise RuntimeError(f"{bad} images of the validation split cannot be decoded: its accuracy would be another split's")
+        raise DataError(f"{bad} images of the validation split (named above) cannot be decoded: its accuracy would be another split's")
     if sums.bad_floats:
         raise FloatingPointError("the evaluation loss is not finite")
     if images != index.samples:

@@ -3,7 +3,8 @@
     python -m tests.hostile.reverts [words of a mend ...]
 
 `reverts/*.yaml` lists them: `mend` (what it is), `file`, `mended` and `broken` (a piece of that file, which stands there
-once, and what takes its place), `test` (a pytest node). Without the change the test must pass. The log is committed.
+once, and what takes its place), `test` (a pytest node). Without the change the test must pass. An entry with `fuzz` (the
+kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find within MOST_MINUTES. The log is committed.
 """
 from __future__ import annotations
 
@@ -17,18 +18,28 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PASSED, FAILED = 0, 1  # pytest's exit statuses
+PASSED, FAILED = 0, 1  # exit statuses of pytest, and of the fuzz
+MOST_MINUTES = 15
 
 
-def run(test: str, tree: Path) -> int:
-    """pytest's exit status of one test with the sources of `tree`."""
-    line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", test]
-    return subprocess.run(line, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True).returncode
+def run(mend: dict[str, str], tree: Path) -> int:
+    """The exit status of a mend's test with the sources of `tree`."""
+    fuzz = ["tests.hostile.fuzz", "--until-found", "--minutes", str(MOST_MINUTES), "--kinds", *mend.get("fuzz", "").split()]
+    test = fuzz if "fuzz" in mend else ["pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", mend["test"]]
+    variables = {**os.environ, "PYTHONPATH": str(tree)}
+    return subprocess.run([sys.executable, "-m", *test], cwd=tree, env=variables, capture_output=True).returncode
+
+
+def passes(mend: dict[str, str], tree: Path, known: dict[str, bool]) -> bool:
+    """Whether a mend's test passes while nothing is taken back."""
+    if mend["test"] not in known:
+        known[mend["test"]] = run(mend, tree) == PASSED
+    return known[mend["test"]]
 
 
 def main(words: list[str]) -> int:
     mends = [mend for file in sorted(Path(__file__).parent.glob("reverts/*.yaml")) for mend in yaml.safe_load(file.read_text())]
-    chosen, bad, passing = [m for m in mends if all(word in m["mend"] for word in words)], 0, {}
+    chosen, bad, known = [m for m in mends if all(word in m["mend"] for word in words)], 0, {}
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
@@ -37,15 +48,15 @@ def main(words: list[str]) -> int:
             text = file.read_text()
             if text.count(mend["mended"]) != 1:
                 found = f"the mended piece stands {text.count(mend['mended'])} times in {mend['file']}"
-            elif passing.setdefault(mend["test"], run(mend["test"], tree)) != PASSED:
+            elif "test" in mend and not passes(mend, tree, known):
                 found = "its test does not pass with the mend"
             else:
                 file.write_text(text.replace(mend["mended"], mend["broken"]))
-                status = run(mend["test"], tree)
+                status = run(mend, tree)
                 file.write_text(text)
-                found = "red" if status == FAILED else f"NOT RED (pytest's status {status})"
+                found = "red" if status == FAILED else f"NOT RED (status {status})"
             bad += found != "red"
-            print(f"{found:8}  {mend['mend']}  [{mend['test']}]", flush=True)
+            print(f"{found:8}  {mend['mend']}  [{mend.get('test') or 'fuzz of ' + mend['fuzz']}]", flush=True)
     print(f"{len(chosen)} mends taken back, {len(chosen) - bad} of their tests fail without them")
     return 1 if bad or not chosen else 0
 
