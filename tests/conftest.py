@@ -4,11 +4,13 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,15 @@ RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload(["recipes.train", "accelerate", "timm", "datasets"])
 
 
+def free_port() -> int:
+    """A port for a meeting, below those that Linux gives to outgoing connections: one of these could take it before it is used."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free between 20,000 and 32,000")
+
+
 @dataclass
 class Ranks:
     """The processes of one run, started without a launcher."""
@@ -72,9 +83,7 @@ def start_ranks(
 
     `first` is called in each process before it trains.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     variables = {} if processes == 1 and not where else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

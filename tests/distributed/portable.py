@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import psutil
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, ROOT  # noqa: E402
+from conftest import DEMO, ROOT, free_port  # noqa: E402
 from lars import portable  # noqa: E402
 from lars.run import commit, read_result  # noqa: E402
 
@@ -75,7 +74,7 @@ def arguments(recipe: str, steps: int, data: Path, run: Path, *more: str) -> lis
 def launch(launcher: str, processes: int, steps: int, data: Path, run: Path) -> dict:
     """`result.json` of one run under a launcher, to its end."""
     train = [str(ROOT / "recipes/train.py"), *arguments(RECIPE, steps, data, run)]
-    port = free_port()
+    port = str(free_port())
     if launcher == "accelerate launch":
         file = ROOT / "launch" / ("cpu-1.yaml" if processes == 1 else "cpu-2.yaml")
         start = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
@@ -115,12 +114,6 @@ def play(commands: list[tuple[list[str], dict[str, str]]], timeout: float) -> No
         if any(ended):
             log.seek(0)
             raise RuntimeError(f"{commands[0][0]} ended with {ended}: {log.read()[-4000:]}")
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def two_steps(recipe: str, cpu: str, data: Path, run: Path, pinned: bool = True) -> dict:

@@ -136,7 +136,7 @@ def test_portable_and_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["zero1", "fsdp2"])
 def test_zero_and_fsdp2_stay_numeric(where: str, data: Path, tmp_path: Path) -> None:
     told = {**SIX, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    told |= {"MASTER_PORT": cells.free_port(), **launched.environment_of(ROOT / f"launch/{where}.yaml")}
+    told |= {"MASTER_PORT": str(cells.free_port()), **launched.environment_of(ROOT / f"launch/{where}.yaml")}
     command = [sys.executable, "recipes/train.py", *cells.arguments(cells.RECIPE, 1, data, tmp_path / "run")]
     variables = {k: v for k, v in cells.clean(CUDA_VISIBLE_DEVICES="", **told).items() if k != "ACCELERATE_USE_CPU"}
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lars
-from conftest import RANKS, ROOT
+from conftest import RANKS, ROOT, free_port
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
@@ -279,9 +278,7 @@ def remove_shared_memory(port: int) -> None:
 
 
 def run(target, world: int, tmp_path: Path, config: dict | None = None, several_groups: bool = False, bind: bool = True) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     out = tmp_path / "answer.pt"
     ranks = [RANKS.Process(target=target, args=(r, world, port, config or {}, several_groups, bind, str(out))) for r in range(world)]
     for rank in ranks:
@@ -429,9 +426,7 @@ print("EXACT")
 @pytest.mark.long
 def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
