@@ -21,7 +21,7 @@ portable.pin(sys.argv[1:])  # before anything imports torch, which reads its ins
 
 import torch
 from accelerate.utils import gather, gather_object
-from lars import ShardingError, bind, checkpoint
+from lars import ShardingError, bind, checkpoint, trackers
 from lars.agreement import Peers, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
@@ -95,8 +95,7 @@ class Training:
         self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
-            self.engine.accelerator.init_trackers("logs")
-            self.folder.tracker = self.engine.accelerator.log
+            self.folder.tracker = trackers.start(self.engine.accelerator, recipe)
         engine = f"{self.engine.name} on {self.engine.device.type}, {facts['reproducibility']}{f' ({why})' if why else ''}"
         self.say(f"{plan.start_up_line()} | {engine}\n{memory}\n{groups}")
         return True
