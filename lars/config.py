@@ -158,8 +158,8 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
         raise RecipeError(f"no recipe at {path}{did_you_mean(str(path), [str(p) for p in Path().glob('recipes/*/*.yaml')])}")
     written, lines = strict_yaml.read(path, "a recipe")
     config, parts = OmegaConf.structured(Recipe), [(str(path), written, lines)]
-    for source, part, lines in parts + [(item, _override(item), {}) for item in overrides]:
-        _check_references(OmegaConf.to_container(part), source, lines)
+    for source, part, places in parts + [(item, _override(item), {}) for item in overrides]:
+        _check_references(OmegaConf.to_container(part), source, places)
         if part is written and _written_path(part).startswith("."):
             part.data.path = str((path.parent / _written_path(part)).resolve())
         try:
@@ -167,7 +167,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
             if source.startswith("model.kwargs="):  # an override sets, it does not add
                 config.model.kwargs = part.model.kwargs
         except OmegaConfBaseException as error:
-            raise RecipeError(_explain(error, source, lines)) from None
+            raise RecipeError(_explain(error, source, places)) from None
     if "${oc.env:" in (place := _written_path(config)):
         config.data.path = place.replace("${", "$ {")  # no key may resolve it, not even by way of ${data.path}
     try:
@@ -177,7 +177,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
         recipe = OmegaConf.to_object(config)
         flat = flatten(recipe)
     except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere or to itself, a list in a list
-        raise RecipeError(_explain(error, str(path), {})) from None
+        raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
     if "${oc.env:" in place:
         recipe.data.path = place
         for name, _ in _VARIABLE.findall(place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 _SHORTEST = 4  # characters of a value that is hidden; a shorter one would hide half of every message
 
@@ -26,7 +27,8 @@ def hide(value: str, written: str) -> None:
 
         def without_values(*args, **kwargs) -> logging.LogRecord:  # noqa: ANN002, ANN003 (logging's own signature)
             record = make(*args, **kwargs)
-            record.msg, record.args = hidden(record.getMessage()), None
+            with suppress(Exception):  # arguments that do not fit: `logging` complains of them itself
+                record.msg, record.args = hidden(record.getMessage()), None
             return record
 
         logging.setLogRecordFactory(without_values)  # libraries' records too
