@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -32,6 +34,7 @@ def hide(value: str, written: str) -> None:
             return record
 
         logging.setLogRecordFactory(without_values)  # libraries' records too
+        sys.excepthook = lambda *error: print(hidden("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
     _names[value] = written
 
 

@@ -20,7 +20,6 @@ from lars import portable
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, model_files
 from lars.lock import LockLost, RunLock
-from lars.refusal import hidden
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
 
@@ -94,13 +93,10 @@ class RunFolder:
                 stream.write(json.dumps(line) + "\n")
 
     def end(self, status: str, **values: Any) -> None:
-        """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end.
-
-        What an error says of `data.path` stands there as the recipe writes it.
-        """
+        """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end."""
         try:
             if self.writes and self.result:
-                self.result.update(status=status, **{k: hidden(v) if isinstance(v, str) else v for k, v in values.items()})
+                self.result.update(status=status, **values)
                 self._write_result()
         except LockLost:  # what stands there is another process's
             return

@@ -38,6 +38,7 @@ from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
 from lars.progress import Progress, group_table
 from lars.reduction import StepSums
+from lars.refusal import hidden
 from lars.resume import finished_steps, resume
 from lars.run import RunFolder, position, sources, versions
 from lars.schedule import Schedule
@@ -234,7 +235,7 @@ class Training:
 
     def ended(self, error: str) -> None:
         """The run has failed here: tell the other processes, and the result."""
-        self.watchdog.leave(error)
+        self.watchdog.leave(error := hidden(error))
         self.folder.end("failed", error=error)
 
     def cleanup(self) -> None:

@@ -6,20 +6,21 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from safetensors.torch import save_file
 
 from conftest import DEMO, ROOT, start_ranks
-from lars import config, plan, pretrained, strict_yaml
+from lars import config, plan, pretrained, refusal, strict_yaml
 from lars.batch import BatchPlan
 from lars.config import RecipeError
 from lars.engine import build_model
-from lars.run import RunFolder
 from promises import promised
-from recipes.train import main
+from recipes.train import Training, main
 
 RECIPE = DEMO / "resnet50.yaml"
 TEXT = RECIPE.read_text().replace("./data", str(DEMO / "data"))
@@ -194,6 +195,7 @@ def test_a_plan_of_a_model_that_cannot_take_the_images(capsys: pytest.CaptureFix
     "Secrets",
     ("an environment variable in `data.path`, and an error that names the place", "the message has the variable's name, not its value"),
     ("an environment variable in `data.path`, and a warning of a library that names the place", "the log has the variable's name"),
+    ("an environment variable in `data.path`, and an error that nobody expected", "its traceback, `result.json` and the other processes' lines have the variable's name"),
 )
 def test_the_value_of_a_variable_stands_in_no_message(
     capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -201,14 +203,18 @@ def test_the_value_of_a_variable_stands_in_no_message(
     data = tmp_path / "token-3f9c"
     shutil.copytree(DEMO / "data", data)
     monkeypatch.setenv("LARS_TEST_PLACE", str(data))
-    recipe = config.load(RECIPE, ["data.path=${oc.env:LARS_TEST_PLACE}", f"run_dir={tmp_path}"])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(refusal, "_names", {})  # as in a process that has met no variable yet
+    recipe = config.load(RECIPE, ["data.path=${oc.env:LARS_TEST_PLACE}"])
     assert recipe.data.place == str(data) and recipe.data.path == "${oc.env:LARS_TEST_PLACE}"
     logging.getLogger("fsspec").warning("cannot read %s/x", data)
     assert caplog.messages == ["cannot read ${oc.env:LARS_TEST_PLACE}/x"]
-    folder = RunFolder(recipe, writes=True)
-    folder.result = {"heartbeat": None}
-    folder.end("failed", error=f"OSError: {data} is gone")
-    assert json.loads((tmp_path / "result.json").read_text())["error"] == "OSError: ${oc.env:LARS_TEST_PLACE} is gone"
+    sys.excepthook(OSError, OSError(f"{data} is gone"), None)
+    assert capsys.readouterr().err == "OSError: ${oc.env:LARS_TEST_PLACE} is gone\n"
+    told: list[str] = []
+    run = SimpleNamespace(watchdog=SimpleNamespace(leave=told.append), folder=SimpleNamespace(end=lambda status, error: told.append(error)))
+    Training.ended(run, f"OSError: {data} is gone")
+    assert told == ["OSError: ${oc.env:LARS_TEST_PLACE} is gone"] * 2, "what the other processes print, and result.json"
     (data / "train-00002-of-00005.parquet").write_bytes(b"no Parquet")
     line = complaint(capsys, "data.path=${oc.env:LARS_TEST_PLACE}")
     assert "${oc.env:LARS_TEST_PLACE}/train-00002-of-00005.parquet" in line and "3f9c" not in line
