@@ -38,7 +38,8 @@ class BatchPlan:
             raise RecipeError(f"{processes} processes: at least one is needed")
         if samples < batch:  # first: what follows looks for divisors
             largest = _largest(recipe, samples, processes)
-            remedy = f"the largest that works on {processes} processes is {largest}" if largest else f"none works on {processes} processes"
+            works = f"works on {processes} processes"
+            remedy = f"the largest that {works} is {largest}" if largest else f"none {works}"
             raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}: {remedy}")
         if group and batch % group:
             raise RecipeError(f"bn_group={group} does not divide global_batch={batch}: {_nearest(group, _divisors(batch))}")
@@ -61,7 +62,8 @@ class BatchPlan:
             )
         plan = cls(samples, batch, micro, group, processes, recipe.epochs)
         if plan.horizon >= MOST_STEPS:
-            raise RecipeError(f"epochs={recipe.epochs:g} are {plan.horizon:,.4g} steps of global_batch={batch}: a run has fewer than {MOST_STEPS:,}")
+            steps = f"{plan.horizon:,.4g} steps of global_batch={batch}"
+            raise RecipeError(f"epochs={recipe.epochs:g} are {steps}: a run has fewer than {MOST_STEPS:,}")
         return plan
 
     @property

@@ -40,7 +40,7 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
 
 
 def _can_be_written(run: Path) -> None:
-    """Whether `run` is or can become a folder of this user's files; what has to be made to find out is removed again."""
+    """Whether `run` is or can become a folder of this user's; what has to be made to find out is removed again."""
     made: list[Path] = []
     try:
         for folder in (*reversed(run.absolute().parents), run.absolute()):

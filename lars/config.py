@@ -46,7 +46,7 @@ class Data:
 
     @property
     def place(self) -> str:
-        """Where the data lie here: `path` with the environment variables that it names. They stand in no file and no message.
+        """Where the data lie here: `path` with its environment variables, which stand in no file and no message.
 
         Raises:
             RecipeError: one is not set.
@@ -176,7 +176,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
             raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe lists every key of the trajectory")
         recipe = OmegaConf.to_object(config)
         flat = flatten(recipe)
-    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere or to itself, a list in a list
+    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere, a list in a list
         raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
     if "${oc.env:" in place:
         recipe.data.path = place
@@ -186,7 +186,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
     recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}/seed-{recipe.seed}"
     model = recipe.model
     model.weights_sha256 = pretrained.content(model.kwargs, model.weights_sha256)
-    if model.weights_sha256 is None and pretrained.weights_file(model.kwargs):  # it is gone: what did the run begin with?
+    if model.weights_sha256 is None and pretrained.weights_file(model.kwargs):  # gone: what did the run begin with?
         model.weights_sha256 = flatten_run(Path(recipe.run_dir)).get("model.weights_sha256")
     return recipe
 
@@ -257,7 +257,7 @@ def _written_path(config: DictConfig) -> str:
 
 
 def _check_references(value: Any, source: str, lines: dict[str, int], key: str = "") -> None:
-    """A ${...} is another key of the recipe, or an environment variable of `data.path`: a secret anywhere else would be written down."""
+    """A ${...} is another key, or an environment variable of `data.path`: anywhere else a secret would be written down."""
     inner = value.items() if isinstance(value, dict) else ()
     for name, part in inner:
         _check_references(part, source, lines, f"{key}.{name}" if key else str(name))
@@ -267,8 +267,8 @@ def _check_references(value: Any, source: str, lines: dict[str, int], key: str =
     if isinstance(value, str) and "${" in allowed.sub("", value):
         place = f"{strict_yaml.where(source, key, lines)}: " if lines else ""
         raise RecipeError(
-            f"{place}{key}={value}: an environment variable, ${{oc.env:NAME}}, may stand in data.path alone, elsewhere only another "
-            "key of the recipe, as in ${model.image_size}"
+            f"{place}{key}={value}: an environment variable, ${{oc.env:NAME}}, may stand in data.path alone, elsewhere "
+            "only another key of the recipe, as in ${model.image_size}"
         )
 
 

@@ -102,7 +102,8 @@ def count(model: nn.Module, images: int, size: int) -> Counts:
         with FlopCounterMode(display=False) as flops:
             operations = count_operations(model, images, size)
     except Exception as error:  # each model has its own
-        raise RecipeError(f"the model cannot be counted without numbers, on images of {size} pixels: {one_line(error)}") from None
+        what = f"counted without numbers, on images of {size} pixels"
+        raise RecipeError(f"the model cannot be {what}: {one_line(error)}") from None
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Counts(flops.get_total_flops() / images, kept / images, operations, weights)
 

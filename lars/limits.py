@@ -74,8 +74,11 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         RecipeError: names the key and what it may be.
     """
     plain = PurePosixPath(recipe.name)
-    if not recipe.name.isprintable() or str(plain) != recipe.name or plain.is_absolute() or {"..", "."} & {*plain.parts, recipe.name}:
-        raise RecipeError(f"name={recipe.name!r} names the folder runs/<name>: write a relative path without .., as in resnet50/mine")
+    odd = not recipe.name.isprintable() or str(plain) != recipe.name
+    if odd or plain.is_absolute() or {"..", "."} & {*plain.parts, recipe.name}:
+        raise RecipeError(
+            f"name={recipe.name!r} names the folder runs/<name>: write a relative path without .., as in resnet50/mine"
+        )
     if "\0" in (recipe.run_dir or ""):
         raise RecipeError(f"run_dir={recipe.run_dir!r} is no path")
     for key, allowed in _CHOICES.items():
@@ -96,10 +99,11 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(f"augment.scale={recipe.augment.scale}: a crop has at most the area of its image, 1.0")
     if len(recipe.augment.mean) != 3 or len(recipe.augment.std) != 3 or min(recipe.augment.std) <= 0:
         raise RecipeError("augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive")
+    remedy = "pixels of 0 ... 255: multiply values of 0 ... 1 by 255"
     if not 0 <= min(recipe.augment.mean) <= max(recipe.augment.mean) <= 255 or 0 < max(recipe.augment.mean) <= 1:
-        raise RecipeError(f"augment.mean={recipe.augment.mean} is subtracted from pixels of 0 ... 255: multiply values of 0 ... 1 by 255")
+        raise RecipeError(f"augment.mean={recipe.augment.mean} is subtracted from {remedy}")
     if max(recipe.augment.std) < 1:
-        raise RecipeError(f"augment.std={recipe.augment.std} divides pixels of 0 ... 255: multiply values of 0 ... 1 by 255")
+        raise RecipeError(f"augment.std={recipe.augment.std} divides {remedy}")
     if recipe.augment.eval_resize < recipe.model.image_size:
         raise RecipeError(
             f"augment.eval_resize={recipe.augment.eval_resize} is smaller than model.image_size={recipe.model.image_size}"

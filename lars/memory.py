@@ -69,7 +69,8 @@ def _play(model: nn.Module, recipe: Recipe) -> None:
         with torch.no_grad():
             _check_logits(model(torch.empty(images, 3, size, size)), images, recipe.model.num_classes)
     except Exception as error:  # each model has its own
-        raise RecipeError(f"model.name={recipe.model.name} cannot be trained on images of model.image_size={size}: {one_line(error)}") from None
+        what = f"model.name={recipe.model.name} cannot be trained on images of model.image_size={size}"
+        raise RecipeError(f"{what}: {one_line(error)}") from None
 
 
 def _check_logits(logits: Any, images: int, classes: int | None) -> None:

@@ -33,7 +33,9 @@ def import_model_file(folder: Path) -> None:
             if isinstance(error, RecipeError):  # of a model.py that this one runs
                 raise
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-            line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else lines[-1] if lines else None
-            raise RecipeError(f"{file}{f', line {line}' if line else ''}: {type(error).__name__}: {one_line(error)}") from None
+            if isinstance(error, SyntaxError) and error.filename == str(file):
+                lines.append(error.lineno)
+            place = f"{file}, line {lines[-1]}" if lines else str(file)
+            raise RecipeError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
         finally:
             _running.pop()

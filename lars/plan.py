@@ -147,7 +147,8 @@ def choose_passes(recipe: Recipe, samples: int, devices: int, images_that_fit: i
     Where not even the smallest fits, that one: the plan then says so.
     """
     group, batch = recipe.bn_group or 1, recipe.global_batch
-    allowed = [m for m in range(group, batch // devices + 1, group) if batch % (m * devices) == 0] if batch <= samples else []
+    most = batch // devices if batch <= samples else 0  # a larger batch is refused below
+    allowed = [m for m in range(group, most + 1, group) if batch % (m * devices) == 0]
     if recipe.runtime.micro_batch is None:
         best = max((m for m in allowed if m <= images_that_fit), default=min(allowed, default=group))
         recipe = replace(recipe, runtime=replace(recipe.runtime, micro_batch=best))

@@ -1,4 +1,4 @@
-"""What a user is told when something is refused: one line, the nearest valid word, and no value that is meant to stay hidden."""
+"""What a user is told when something is refused: one line, the nearest valid word, no value that is to stay hidden."""
 from __future__ import annotations
 
 import difflib
@@ -21,7 +21,7 @@ class RecipeError(ValueError):
 
 
 def hide(value: str, written: str) -> None:
-    """From now on messages and logs of this process, and of those that it forks, have `written` where `value` would stand."""
+    """From now on this process and those that it forks say `written` in messages and logs where `value` would stand."""
     if len(value) < _SHORTEST or value in _names:
         return
     if not _names:
@@ -34,7 +34,7 @@ def hide(value: str, written: str) -> None:
             return record
 
         logging.setLogRecordFactory(without_values)  # libraries' records too
-        sys.excepthook = lambda *error: print(hidden("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+        sys.excepthook = lambda *error: sys.stderr.write(hidden("".join(traceback.format_exception(*error))))
     _names[value] = written
 
 

@@ -30,7 +30,8 @@ def read(path: Path, what: str) -> tuple[DictConfig, dict[str, int]]:
         return OmegaConf.load(io.StringIO(text)), lines  # it refuses a key that stands twice
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not valid YAML: {error.problem or one_line(error)}") from None
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{place} is not valid YAML: {error.problem or one_line(error)}") from None
     except RecipeError:
         raise
     except OmegaConfBaseException as error:  # a ${...} that is none
@@ -41,7 +42,7 @@ def read(path: Path, what: str) -> tuple[DictConfig, dict[str, int]]:
 
 
 def key_lines(root: yaml.Node | None, source: str) -> dict[str, int]:
-    """{"optimizer.lr": its line}. What aliases (*name) repeat counts as often as it stands there, so that none makes a giant.
+    """{"optimizer.lr": its line}. What aliases (*name) repeat counts each time, so that none makes a giant.
 
     Raises:
         RecipeError: too many values, or too deep.
@@ -52,7 +53,8 @@ def key_lines(root: yaml.Node | None, source: str) -> dict[str, int]:
         key, node = todo.pop()
         seen += 1
         if seen > _MOST_VALUES or len(key) > _LONGEST_KEY:
-            raise RecipeError(f"{source} holds more than {_MOST_VALUES:,} values, or nests them without end: write fewer, without aliases")
+            many = f"more than {_MOST_VALUES:,} values, or nests them without end"
+            raise RecipeError(f"{source} holds {many}: write fewer, without aliases")
         if isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 inner = f"{key}.{name.value}" if key else str(name.value)

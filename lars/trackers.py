@@ -26,7 +26,8 @@ def check(names: list[str]) -> None:
         raise RecipeError(f"trackers={unknown} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     usable = {*map(str, get_available_trackers()), *(set(LOGGER_TYPE_TO_CLASS) - set(LoggerType.list()))}
     if missing := sorted(set(names) - usable):
-        raise RecipeError(f"trackers={missing} not installed: `pip install {' '.join(missing)}`, or leave it out, as in trackers=[tensorboard]")
+        remedy = f"`pip install {' '.join(missing)}`, or leave it out, as in trackers=[tensorboard]"
+        raise RecipeError(f"trackers={missing} not installed: {remedy}")
 
 
 class _Guarded:
@@ -39,7 +40,8 @@ class _Guarded:
         try:
             action()
         except Exception as error:  # each tracker has its own; the run does not need it
-            log.warning("the tracker %s failed and gets nothing more (%s: %s)", self.name, type(error).__name__, one_line(error))
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            log.warning("the tracker %s failed and gets nothing more (%s)", self.name, reason)
             self.tracker = None
 
     def start(self, accelerator: Accelerator, project: str, values: dict[str, Any], options: dict[str, Any]) -> None:
@@ -76,7 +78,8 @@ def start(accelerator: Accelerator, recipe: Recipe) -> Callable[..., None]:
     }
     guarded = [_Guarded(name) for name in dict.fromkeys(recipe.trackers)]
     for one in guarded:
-        project = "logs" if one.name == "tensorboard" else recipe.name.replace("/", "-")  # TensorBoard makes a folder of it
+        # TensorBoard makes a folder of it
+        project = "logs" if one.name == "tensorboard" else recipe.name.replace("/", "-")
         one.start(accelerator, project, values, options.get(one.name, {}))
     accelerator.trackers = guarded
     return accelerator.log
