@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from lars.config import Recipe, RecipeError
 
+MOST_STEPS = 10**8  # a checkpoint's name has eight digits for its step
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -34,6 +36,11 @@ class BatchPlan:
         batch, group = recipe.global_batch, recipe.bn_group
         if processes < 1:
             raise RecipeError(f"{processes} processes: at least one is needed")
+        if samples < batch:  # first: what follows looks for divisors
+            largest = _largest(recipe, samples, processes)
+            works = f"works on {processes} processes"
+            remedy = f"the largest that {works} is {largest}" if largest else f"none {works}"
+            raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}: {remedy}")
         if group and batch % group:
             raise RecipeError(f"bn_group={group} does not divide global_batch={batch}: {_nearest(group, _divisors(batch))}")
         micro = recipe.runtime.micro_batch or group or math.gcd(batch, 64)
@@ -53,9 +60,11 @@ class BatchPlan:
                 f"{processes} processes do not divide the {passes} passes of a step (global_batch={batch} / "
                 f"micro_batch={micro}): use {_nearest(processes, _divisors(passes)).removeprefix('use ')} processes{remedy}"
             )
-        if samples < batch:
-            raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}")
-        return cls(samples, batch, micro, group, processes, recipe.epochs)
+        plan = cls(samples, batch, micro, group, processes, recipe.epochs)
+        if plan.horizon >= MOST_STEPS:
+            steps = f"{plan.horizon:,.4g} steps of global_batch={batch}"
+            raise RecipeError(f"epochs={recipe.epochs:g} are {steps}: a run has fewer than {MOST_STEPS:,}")
+        return plan
 
     @property
     def passes(self) -> int:
@@ -96,6 +105,16 @@ class BatchPlan:
             f"global_batch {self.global_batch} = {self.processes} processes x {self.passes_per_process} passes x "
             f"micro_batch {self.micro_batch} ({groups}) | {self.samples:,} samples x {self.epochs:g} epochs = {self.steps:,} steps"
         )
+
+
+def _largest(recipe: Recipe, samples: int, processes: int) -> int | None:
+    """The largest global_batch of at most `samples` that a step of so many processes can be made of."""
+    group, own = recipe.bn_group or 1, recipe.runtime.micro_batch or recipe.bn_group
+    for batch in range(samples, 0, -1):
+        micro = own or math.gcd(batch, 64)
+        if batch % micro == 0 and micro % group == 0 and batch // micro % processes == 0:
+            return batch
+    return None
 
 
 def _divisors(number: int) -> list[int]:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
+from lars import checkpoint, pretrained, trackers
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
 from lars.data.index import Index, build_indexes
@@ -20,10 +22,12 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
     """Both indexes, the batch arithmetic, and two lines: the memory that a process needs, and what it reads.
 
     Raises:
-        RecipeError: trackers, data, model or numbers that cannot be trained.
+        RecipeError: a run folder, trackers, data, model or numbers that cannot be trained.
     """
-    if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
-        raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    _can_be_written(Path(recipe.run_dir))
+    trackers.check(recipe.trackers)
+    if not checkpoint.saved(Path(recipe.run_dir)):
+        pretrained.require(recipe.model.kwargs, recipe.run_dir)
     if recipe.runtime.portable and recipe.precision == "bf16" and uses_cpu():
         log.warning(
             "precision=bf16 has no quick kernels in the portable instruction set: a step of ResNet-50 at 224 pixels took 64 s "
@@ -33,3 +37,22 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
     plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, model := build_model(recipe)[0])
     return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"
+
+
+def _can_be_written(run: Path) -> None:
+    """Whether `run` is or can become a folder of this user's; what has to be made to find out is removed again."""
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(run.absolute().parents), run.absolute()):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        why = "there is a file or a link of that name" if isinstance(error, FileExistsError) else error.strerror
+        raise RecipeError(f"run_dir={run} cannot be written ({why}): give another run_dir=...") from None
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody uses it by now
+                folder.rmdir()

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lars.config import RecipeError, did_you_mean, one_line
+from lars import strict_yaml
+from lars.refusal import RecipeError, did_you_mean, one_line, unknown_key
 
 
 @dataclass
@@ -67,10 +68,10 @@ def load_cluster(path: Path, changes: list[str] | None = None) -> Cluster:
     if not path.is_file():
         raise RecipeError(f"no cluster at {path}{did_you_mean(str(path), [str(p) for p in path.parent.glob('*.yaml')])}")
     config = OmegaConf.structured(Cluster)
+    written, lines = strict_yaml.read(path, "a cluster")
+    if not written.keys() & config.keys():
+        raise RecipeError(f"{path} describes no cluster: give a file of launch/clusters/, or one of your own like those")
     try:
-        written = OmegaConf.load(path)
-        if not isinstance(written, DictConfig):
-            raise RecipeError(f"{path} is no cluster: its top level must be `key: value` lines")
         config.merge_with(written, OmegaConf.from_dotlist(changes or []))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -78,13 +79,10 @@ def load_cluster(path: Path, changes: list[str] | None = None) -> Cluster:
         cluster = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key, known = str(getattr(error, "full_key", None) or ""), list(_flat(Cluster()))
+        place = strict_yaml.where(str(path), key, lines)
         if key and key not in known and not key.startswith("device.peak"):
-            raise RecipeError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}") from None
-        raise RecipeError(f"{path}: {key or 'value'}: {one_line(error)}") from None
-    except RecipeError:
-        raise
-    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for the same mistake
-        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
+            raise RecipeError(f"{place}: {unknown_key(key, known)}") from None
+        raise RecipeError(f"{place}: {key or 'value'}: {one_line(error)}") from None
     _check(cluster, path)
     return cluster
 

@@ -5,20 +5,22 @@ change when a run is resumed.
 """
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import math
-import sys
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lars import limits, pretrained, strict_yaml
+from lars.model_file import import_model_file, model_files  # noqa: F401 (where recipes' model.py look for it)
+from lars.refusal import RecipeError, did_you_mean, hide, one_line, unknown_key
 
-class RecipeError(ValueError):
-    """Bad recipe, data or environment: one line that names the remedy; the exit status is 2."""
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^{}$]*))?\}")  # with a value for where it is not set
+_OTHER_KEY = re.compile(r"\$\{[\w.]+\}")
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Model:
     num_classes: int = MISSING
     image_size: int = MISSING  # pixels, training and evaluation
     kwargs: dict[str, Any] = MISSING  # passed to timm.create_model
+    weights_sha256: str | None = None  # of the file of weights that kwargs name, filled in from it (lars/pretrained.py)
 
 
 @dataclass
@@ -40,6 +43,22 @@ class Data:
     revision: str | None = None  # of a Hub data set: branch, tag or commit
     workers: int | None = None  # decoding processes of each rank; null: its share of the cores less one, at most 16
     retry_seconds: float = 300.0  # how long a read that fails is tried again; then the run saves and stops
+
+    @property
+    def place(self) -> str:
+        """Where the data lie here: `path` with its environment variables, which stand in no file and no message.
+
+        Raises:
+            RecipeError: one is not set.
+        """
+
+        def value(found: re.Match) -> str:
+            name, default = found.groups()
+            if name not in os.environ and default is None:
+                raise RecipeError(f"data.path={self.path}: the environment variable {name} is not set")
+            return os.environ.get(name, default)
+
+        return os.path.expanduser(_VARIABLE.sub(value, self.path))
 
 
 @dataclass
@@ -127,62 +146,6 @@ class Recipe:
 FREE_KEYS = ("name", "run_dir", "data.path", "data.revision", "data.workers", "data.retry_seconds", "runtime", "max_steps", "checkpoint", "ledger", "mllog", "trackers")
 """Keys that never change the trajectory; every other key is compared when a run is resumed."""
 
-_CHOICES = {
-    "augment.crop": ("random_resized_crop", "random_crop"),
-    "optimizer.name": ("lars", "sgd"),
-    "optimizer.momentum_mode": ("paper", "torch"),
-    "schedule.decay_from": ("start", "warmup_end"),
-    "precision": ("fp32", "tf32", "bf16"),
-    "checkpoint.on_error": ("go_on", "stop"),
-}
-
-_POSITIVE, _NOT_NEGATIVE, _SHARE = "must be positive", "must not be negative", "must lie in [0, 1)"
-_LIMITS = {
-    "model.num_classes": _POSITIVE,
-    "model.image_size": _POSITIVE,
-    "data.max_bad_fraction": _SHARE,
-    "data.workers": _POSITIVE,
-    "data.retry_seconds": _POSITIVE,
-    "augment.resize": _POSITIVE,
-    "augment.pad": _NOT_NEGATIVE,
-    "augment.flip": "must lie in [0, 1]",
-    "augment.erase": "must lie in [0, 1]",
-    "augment.mixup": _NOT_NEGATIVE,
-    "augment.cutmix": _NOT_NEGATIVE,
-    "augment.eval_resize": _POSITIVE,
-    "augment.label_smoothing": _SHARE,
-    "global_batch": _POSITIVE,
-    "bn_group": _POSITIVE,
-    "optimizer.lr": _POSITIVE,
-    "optimizer.momentum": _SHARE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.trust_coefficient": _POSITIVE,
-    "optimizer.eps": _NOT_NEGATIVE,
-    "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.warmup_lr": _NOT_NEGATIVE,
-    "schedule.warmup_power": _POSITIVE,
-    "schedule.decay_steps": _POSITIVE,
-    "schedule.power": _POSITIVE,
-    "schedule.end_lr": _NOT_NEGATIVE,
-    "epochs": _POSITIVE,
-    "seed": _NOT_NEGATIVE,
-    "runtime.micro_batch": _POSITIVE,
-    "runtime.hang_seconds": _POSITIVE,
-    "max_steps": _POSITIVE,
-    "checkpoint.every_steps": _POSITIVE,
-    "checkpoint.keep": _POSITIVE,
-}
-_HOLDS = {
-    _POSITIVE: lambda x: x > 0,
-    _NOT_NEGATIVE: lambda x: x >= 0,
-    _SHARE: lambda x: 0 <= x < 1,
-    "must lie in [0, 1]": lambda x: 0 <= x <= 1,
-}
-
-
-model_files: dict[Path, list[Path]] = {}  # each `model.py` that was run, and those that it ran in turn: a run's sources
-_running: list[Path] = []
-
 
 def load(path: str | Path, overrides: list[str]) -> Recipe:
     """Read a recipe, apply `key=value` overrides, check names, types and numbers.
@@ -193,30 +156,38 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}{did_you_mean(str(path), [str(p) for p in Path().glob('recipes/*/*.yaml')])}")
-    try:
-        written = OmegaConf.load(path)
-    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for the same mistake
-        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
-    if not isinstance(written, DictConfig):
-        raise RecipeError(f"{path} is not a recipe: its top level must be `key: value` lines")
-    relative = OmegaConf.select(written, "data.path", default=None)
-    if isinstance(relative, str) and relative.startswith("."):
-        written.data.path = str((path.parent / relative).resolve())
-    config = OmegaConf.structured(Recipe)
-    for source, part in [(str(path), written), *((item, _override(item)) for item in overrides)]:
+    written, lines = strict_yaml.read(path, "a recipe")
+    config, parts = OmegaConf.structured(Recipe), [(str(path), written, lines)]
+    for source, part, places in parts + [(item, _override(item), {}) for item in overrides]:
+        _check_references(OmegaConf.to_container(part), source, places)
+        if part is written and _written_path(part).startswith("."):
+            part.data.path = str((path.parent / _written_path(part)).resolve())
         try:
             config.merge_with(part)
+            if source.startswith("model.kwargs="):  # an override sets, it does not add
+                config.model.kwargs = part.model.kwargs
         except OmegaConfBaseException as error:
-            raise RecipeError(_explain(error, source)) from None
+            raise RecipeError(_explain(error, source, places)) from None
+    if "${oc.env:" in (place := _written_path(config)):
+        config.data.path = place.replace("${", "$ {")  # no key may resolve it, not even by way of ${data.path}
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe lists every key of the trajectory")
         recipe = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # a ${...} that leads nowhere
-        raise RecipeError(_explain(error, str(path))) from None
+        flat = flatten(recipe)
+    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere, a list in a list
+        raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
+    if "${oc.env:" in place:
+        recipe.data.path = place
+        for name, _ in _VARIABLE.findall(place):
+            hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
+    limits.check(recipe, flat)
     recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}/seed-{recipe.seed}"
-    _check(recipe, flatten(recipe))
+    model = recipe.model
+    model.weights_sha256 = pretrained.content(model.kwargs, model.weights_sha256)
+    if model.weights_sha256 is None and pretrained.weights_file(model.kwargs):  # gone: what did the run begin with?
+        model.weights_sha256 = flatten_run(Path(recipe.run_dir)).get("model.weights_sha256")
     return recipe
 
 
@@ -233,12 +204,9 @@ def flatten_run(run: Path) -> dict[str, Any]:
     """
     file = run / "config.yaml"
     try:
-        written = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    except Exception as error:  # as in `load`
-        raise RecipeError(f"{file} is damaged: {one_line(error)}") from None
-    if not isinstance(written, DictConfig):
-        raise RecipeError(f"{file} is damaged: its top level must be `key: value` lines")
-    return _flat(OmegaConf.to_container(written))
+        return _flat(OmegaConf.to_container(strict_yaml.read(file, "a resolved recipe")[0])) if file.is_file() else {}
+    except RecipeError as error:
+        raise RecipeError(f"{file} is damaged: {error}") from None
 
 
 def trajectory(recipe: Recipe) -> dict[str, Any]:
@@ -257,20 +225,6 @@ def fixing(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS}
 
 
-def import_model_file(folder: Path) -> None:
-    """Run the `model.py` in a recipe's folder, if there is one, so that it registers its models with timm."""
-    file = (Path(folder) / "model.py").resolve()
-    for outer in _running:
-        model_files[outer].append(file)
-    if file.is_file() and file not in model_files:
-        model_files[file] = []
-        spec = importlib.util.spec_from_file_location(f"recipe_model_{len(model_files)}", file)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        _running.append(file)
-        spec.loader.exec_module(sys.modules[spec.name])
-        _running.pop()
-
-
 def _flat(nested: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for key, value in nested.items():
@@ -278,6 +232,8 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
         else:
             flat[key] = value
+    if flat.get("model.weights_sha256", "") is None:  # a run that begins with no file of weights has no such key
+        del flat["model.weights_sha256"]
     return flat
 
 
@@ -285,70 +241,41 @@ def _override(item: str) -> DictConfig:
     if "=" not in item or item.startswith("-"):
         raise RecipeError(f"{item!r} is no override: write key=value, as in seed=3 or optimizer.lr=16")
     try:
+        strict_yaml.key_lines(yaml.compose(item.partition("=")[2], Loader=yaml.SafeLoader), item[:40])
         return OmegaConf.from_dotlist([item])
+    except RecipeError:
+        raise
     except Exception as error:
-        raise RecipeError(f"cannot read {item!r}: {one_line(error)}") from None
+        raise RecipeError(f"cannot read {item!r}: {getattr(error, 'problem', None) or one_line(error)}") from None
 
 
-def _explain(error: OmegaConfBaseException, source: str) -> str:
-    key = str(getattr(error, "full_key", None) or "")
-    known = list(flatten(Recipe()))
-    if key and key not in known and not key.startswith("model.kwargs"):
-        return f"{source}: unknown key {key!r}{did_you_mean(key, [*known, *{k.split('.')[0] for k in known}])}"
-    return f"{source}: {key or 'value'}: {one_line(error)}"
+def _written_path(config: DictConfig) -> str:
+    """`data.path` as it is written, no ${...} resolved; "" where there is none."""
+    data = OmegaConf.to_container(config).get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    return path if isinstance(path, str) else ""
 
 
-def _check(recipe: Recipe, flat: dict[str, Any]) -> None:
-    for key, allowed in _CHOICES.items():
-        if flat[key] not in allowed:
-            raise RecipeError(f"{key}={flat[key]} is unknown: use {' or '.join(allowed)}{did_you_mean(flat[key], allowed)}")
-    for key, value in flat.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise RecipeError(f"{key}={value} is not finite")
-    for key, limit in _LIMITS.items():
-        if flat[key] is not None and not _HOLDS[limit](flat[key]):
-            raise RecipeError(f"{key}={flat[key]} {limit}")
-    for key in ("scale", "ratio"):
-        value = flat[f"augment.{key}"]
-        if len(value) != 2 or not 0 < value[0] <= value[1]:
-            raise RecipeError(f"augment.{key}={value} must be two positive numbers, smaller first")
-    if recipe.augment.scale[1] > 1:
-        raise RecipeError(f"augment.scale={recipe.augment.scale}: a crop has at most the area of its image, 1.0")
-    if len(recipe.augment.mean) != 3 or len(recipe.augment.std) != 3 or min(recipe.augment.std) <= 0:
-        raise RecipeError("augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive")
-    if recipe.augment.eval_resize < recipe.model.image_size:
+def _check_references(value: Any, source: str, lines: dict[str, int], key: str = "") -> None:
+    """A ${...} is another key, or an environment variable of `data.path`: anywhere else a secret would be written down."""
+    inner = value.items() if isinstance(value, dict) else ()
+    for name, part in inner:
+        _check_references(part, source, lines, f"{key}.{name}" if key else str(name))
+    for part in value if isinstance(value, list) else ():
+        _check_references(part, source, lines, key)
+    allowed = _VARIABLE if key == "data.path" and "${oc.env:" in str(value) else _OTHER_KEY
+    if isinstance(value, str) and "${" in allowed.sub("", value):
+        place = f"{strict_yaml.where(source, key, lines)}: " if lines else ""
         raise RecipeError(
-            f"augment.eval_resize={recipe.augment.eval_resize} is smaller than model.image_size={recipe.model.image_size}"
+            f"{place}{key}={value}: an environment variable, ${{oc.env:NAME}}, may stand in data.path alone, elsewhere "
+            "only another key of the recipe, as in ${model.image_size}"
         )
-    if recipe.augment.randaugment is not None and not recipe.augment.randaugment.startswith("rand"):
-        raise RecipeError(f"augment.randaugment={recipe.augment.randaugment} is no policy of timm: write it as in rand-m9-mstd0.5-inc1")
-    if recipe.data.retry_seconds >= recipe.runtime.hang_seconds:
-        raise RecipeError(
-            f"data.retry_seconds={recipe.data.retry_seconds:g} must be below runtime.hang_seconds={recipe.runtime.hang_seconds:g}, "
-            "or the run would be ended as hanging first"
-        )
-    if recipe.runtime.portable and recipe.runtime.compile:
-        raise RecipeError(
-            "runtime.compile=true makes kernels for this CPU, which runtime.portable=true excludes: set one of them to false"
-        )
-    if recipe.seed >= 2**63:
-        raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")
-    if recipe.schedule.warmup_epochs >= recipe.epochs:
-        raise RecipeError(f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}")
-    if recipe.optimizer.name == "lars" and None in (recipe.optimizer.trust_coefficient, recipe.optimizer.eps):
-        raise RecipeError("optimizer.name=lars needs numbers for optimizer.trust_coefficient and optimizer.eps (0.001 and 0.0)")
-    if recipe.optimizer.name == "lars" and None in (recipe.optimizer.decay_in_norm, recipe.optimizer.adapt_1d):
-        raise RecipeError("optimizer.name=lars needs true or false for optimizer.decay_in_norm and optimizer.adapt_1d (true and false)")
 
 
-def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """"; did you mean ...?" with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _explain(error: Exception, source: str, lines: dict[str, int]) -> str:
+    key = str(getattr(error, "full_key", None) or "").partition("[")[0]
+    known, place = list(flatten(Recipe())), strict_yaml.where(source, key, lines)
+    known += dict.fromkeys(name.split(".")[0] for name in known if "." in name)
+    if key and key not in known and not key.startswith(("model.kwargs", "model.weights_sha256")):
+        return f"{place}: {unknown_key(key, known)}"
+    return f"{place}: {key or 'value'}: {one_line(error)}"

@@ -95,14 +95,15 @@ def count(model: nn.Module, images: int, size: int) -> Counts:
     """Count a forward of `images` images in training mode, on tensors without storage.
 
     Raises:
-        RecipeError: the model looks at its numbers, so that it cannot be counted.
+        RecipeError: the model looks at its numbers, or cannot take images of that size.
     """
     try:
         kept = activation_bytes(model, (images, 3, size, size))
         with FlopCounterMode(display=False) as flops:
             operations = count_operations(model, images, size)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise RecipeError(f"the model cannot be counted without numbers: {one_line(error)}") from None
+    except Exception as error:  # each model has its own
+        what = f"counted without numbers, on images of {size} pixels"
+        raise RecipeError(f"the model cannot be {what}: {one_line(error)}") from None
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Counts(flops.get_total_flops() / images, kept / images, operations, weights)
 

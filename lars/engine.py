@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from lars import pretrained
 from lars.config import Recipe, RecipeError, did_you_mean, one_line
 from lars.engine_plain import Engine
 from lars.ghost_batchnorm import GhostBatchNorm2d, convert
@@ -25,7 +26,7 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, list[GhostBatchNorm2d]]:
     name = recipe.model.name
     if not timm.is_model(name):
         raise RecipeError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    kwargs = recipe.model.kwargs
+    kwargs = pretrained.without_lost_weights(recipe.model.kwargs)
     torch.manual_seed(recipe.seed)
     try:
         model = timm.create_model(name, num_classes=recipe.model.num_classes, **kwargs)

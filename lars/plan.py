@@ -147,7 +147,8 @@ def choose_passes(recipe: Recipe, samples: int, devices: int, images_that_fit: i
     Where not even the smallest fits, that one: the plan then says so.
     """
     group, batch = recipe.bn_group or 1, recipe.global_batch
-    allowed = [m for m in range(group, batch // devices + 1, group) if batch % (m * devices) == 0]
+    most = batch // devices if batch <= samples else 0  # a larger batch is refused below
+    allowed = [m for m in range(group, most + 1, group) if batch % (m * devices) == 0]
     if recipe.runtime.micro_batch is None:
         best = max((m for m in allowed if m <= images_that_fit), default=min(allowed, default=group))
         recipe = replace(recipe, runtime=replace(recipe.runtime, micro_batch=best))
@@ -156,9 +157,9 @@ def choose_passes(recipe: Recipe, samples: int, devices: int, images_that_fit: i
 
 def data_of(recipe: Recipe) -> tuple[int, int, float]:
     """Training and validation samples, mean bytes of an encoded training image."""
-    if recipe.data.path in KNOWN_DATA:
-        return KNOWN_DATA[recipe.data.path]
-    if not os.path.isdir(os.path.expanduser(recipe.data.path)):
+    if (place := recipe.data.place) in KNOWN_DATA:
+        return KNOWN_DATA[place]
+    if not os.path.isdir(place):
         raise RecipeError(f"data.path={recipe.data.path}: the plan knows {', '.join(KNOWN_DATA)} and local folders, give data.path=FOLDER")
     from lars.data.index import build_indexes
 

@@ -1,12 +1,13 @@
 """What a run goes on from: the newest checkpoint that any node sees, read once and given to the others."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lars import checkpoint
+from lars import checkpoint, pretrained
 from lars.agreement import Peers
 from lars.config import Recipe, RecipeError, fixing, flatten_run
 from lars.run import read_result
@@ -68,6 +69,7 @@ def resume(
     """
     found = newest_checkpoint(peers, run)
     if found is None:
+        peers.together(partial(pretrained.require, recipe.model.kwargs, recipe.run_dir))
         return None, {}
     state, holder = found.state, found.holder
     then = state.trajectory | {"data fingerprint": state.data_fingerprint}

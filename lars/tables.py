@@ -94,7 +94,7 @@ def row_of(recipe: Recipe, published: dict, predictions: list[Prediction]) -> li
     stem = Path(recipe.name).name
     ours = [result["top1"] for result in committed_results(recipe.name)]
     cells = [f"[{stem}]({stem}.yaml)", f"{recipe.global_batch:,}", f"{recipe.epochs:g}", str(recipe.bn_group or "")]
-    cells += [published_text(published.get(recipe.name, {})), mean_and_spread(ours), f"divide {BatchPlan.of(recipe, 2**31, 1).passes:,}"]
+    cells += [published_text(published.get(recipe.name, {})), mean_and_spread(ours), f"divide {BatchPlan.of(recipe, recipe.global_batch, 1).passes:,}"]
     return cells + [f"{p.micro_batch}, {p.hours:.1f} h" if p.hours < 10 else f"{p.micro_batch}, {p.hours:.0f} h" for p in predictions]
 
 

@@ -21,7 +21,7 @@ portable.pin(sys.argv[1:])  # before anything imports torch, which reads its ins
 
 import torch
 from accelerate.utils import gather, gather_object
-from lars import ShardingError, bind, checkpoint
+from lars import ShardingError, bind, checkpoint, trackers
 from lars.agreement import Peers, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
@@ -38,6 +38,7 @@ from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
 from lars.progress import Progress, group_table
 from lars.reduction import StepSums
+from lars.refusal import hidden
 from lars.resume import finished_steps, resume
 from lars.run import RunFolder, position, sources, versions
 from lars.schedule import Schedule
@@ -95,8 +96,7 @@ class Training:
         self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
-            self.engine.accelerator.init_trackers("logs")
-            self.folder.tracker = self.engine.accelerator.log
+            self.folder.tracker = trackers.start(self.engine.accelerator, recipe)
         engine = f"{self.engine.name} on {self.engine.device.type}, {facts['reproducibility']}{f' ({why})' if why else ''}"
         self.say(f"{plan.start_up_line()} | {engine}\n{memory}\n{groups}")
         return True
@@ -235,7 +235,7 @@ class Training:
 
     def ended(self, error: str) -> None:
         """The run has failed here: tell the other processes, and the result."""
-        self.watchdog.leave(error)
+        self.watchdog.leave(error := hidden(error))
         self.folder.end("failed", error=error)
 
     def cleanup(self) -> None:

@@ -84,7 +84,7 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     """
     if not index.root:
         return index
-    root = os.path.abspath(os.path.expanduser(data.path))
+    root = os.path.abspath(data.place)
     names = tuple(os.path.join(root, os.path.relpath(name, index.root)) for name in index.files)
     source = Source(names[0], data.retry_seconds)
     try:
@@ -119,7 +119,7 @@ def resolve(data: Data) -> dict[str, list[str]]:
     import datasets  # two seconds; not needed by anything that only handles an Index
     from huggingface_hub.errors import GatedRepoError
 
-    path = os.path.expanduser(data.path)
+    path = data.place
     local, address = os.path.isdir(path), "://" in path
     if address and ("@" in path or "?" in path):  # it would stand in config.yaml and in logs
         raise RecipeError("data.path holds credentials or a signature: leave them to the file system's own environment variables")
@@ -183,7 +183,7 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     if not sum(rows):
         raise RecipeError(f"split {split!r} of data.path={data.path} has no rows")
     known = float(np.mean(classes)) if len(classes) == len(rows) else None
-    path = os.path.expanduser(data.path)
+    path = data.place
     root = os.path.abspath(path) if os.path.isdir(path) else ""
     places = np.array(file), np.array(group_in_file), np.array(rows)
     return Index(tuple(names), *places, _digest(names, footers), np.array(spans), footers, states, known, root)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from lars.refusal import hidden
+
 log = logging.getLogger("lars")
 T = TypeVar("T")
 
@@ -23,6 +25,9 @@ _FIRST_WAIT, _LONGEST_WAIT, _BETWEEN_WARNINGS = 0.5, 30.0, 10.0  # seconds
 
 class DataError(RuntimeError):
     """The data cannot be read any more, or are not those the run began with. What was trained so far is saved."""
+
+    def __str__(self) -> str:
+        return hidden(super().__str__())
 
 
 class Source:
