@@ -7,6 +7,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
+from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
 from lars.engine import build_model, build_optimizer
@@ -20,10 +21,12 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
     """Both indexes, the batch arithmetic, and two lines: the memory that a process needs, and what it reads.
 
     Raises:
-        RecipeError: trackers, data, model or numbers that cannot be trained.
+        RecipeError: trackers, policy, data, model or numbers that cannot be trained.
     """
     if unknown := set(recipe.trackers) - set(LOGGER_TYPE_TO_CLASS):
         raise RecipeError(f"trackers={sorted(unknown)} unknown to accelerate: use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if recipe.augment.randaugment is not None:
+        check_policy(recipe.augment.randaugment)
     if recipe.runtime.portable and recipe.precision == "bf16" and uses_cpu():
         log.warning(
             "precision=bf16 has no quick kernels in the portable instruction set: a step of ResNet-50 at 224 pixels took 64 s "
