@@ -9,6 +9,7 @@ from pathlib import Path
 from lars import checkpoint, pretrained, trackers
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
+from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
 from lars.engine import build_model, build_optimizer
@@ -22,12 +23,14 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
     """Both indexes, the batch arithmetic, and two lines: the memory that a process needs, and what it reads.
 
     Raises:
-        RecipeError: a run folder, trackers, data, model or numbers that cannot be trained.
+        RecipeError: a run folder, trackers, a policy, data, model or numbers that cannot be trained.
     """
     _can_be_written(Path(recipe.run_dir))
     trackers.check(recipe.trackers)
     if not checkpoint.saved(Path(recipe.run_dir)):
         pretrained.require(recipe.model.kwargs, recipe.run_dir)
+    if recipe.augment.randaugment is not None:
+        check_policy(recipe.augment.randaugment)
     if recipe.runtime.portable and recipe.precision == "bf16" and uses_cpu():
         log.warning(
             "precision=bf16 has no quick kernels in the portable instruction set: a step of ResNet-50 at 224 pixels took 64 s "

@@ -14,13 +14,11 @@ from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
 from lars.data.mix import group_size, mix
 from lars.ghost_batchnorm import GhostBatchNorm2d
-from lars.keyed import mix64
+from lars.keyed import Purpose, mix64
 from lars.launched import Launched, uses_cpu, uses_deepspeed
 from lars.optimizer import LARS
 from lars.reduction import OrderFreeSum
 from lars.run import unwrapped_name
-
-_DROPOUT = 4  # what a random key is for
 
 
 class Engine:
@@ -107,7 +105,7 @@ class Engine:
             images: uint8 (micro_batch, 3, size, size), on any device.
             labels: int64 (micro_batch,).
         """
-        torch.manual_seed(int(mix64(self.recipe.seed, _DROPOUT, step, pass_index)) >> 1)
+        torch.manual_seed(int(mix64(self.recipe.seed, Purpose.DROPOUT, step, pass_index)) >> 1)
         pixels, targets = self.pixels(images), labels.to(self.device, non_blocking=True)
         if group_size(self.recipe):
             pixels, targets = mix(pixels, targets, self.recipe, step, pass_index * len(labels))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lars.config import Recipe
 from lars.data.index import Index
 from lars.data.loader import evaluation_batches
-from lars.data.source import DataError
+from lars.data.source import BadImages
 from lars.engine_plain import Engine
 from lars.reduction import OrderFreeSum
 
@@ -27,7 +27,8 @@ def evaluate(
     `asked` while this process waits for data.
 
     Raises:
-        RuntimeError: the images counted are not the split's, or some of them cannot be decoded.
+        RuntimeError: the images counted are not the split's.
+        DataError: some of them cannot be decoded.
         FloatingPointError: the loss is not finite.
     """
     chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
@@ -58,7 +59,10 @@ def evaluate(
     if stand_ins:
         return None, lacking
     if bad:
-        raise DataError(f"{bad} images of the validation split (named above) cannot be decoded: its accuracy would be another split's")
+        raise BadImages(
+            f"{bad} images of the validation split cannot be decoded (named above), and its accuracy would be another split's: "
+            "repair the data, which is another run, so give another run_dir"
+        )
     if sums.bad_floats:
         raise FloatingPointError("the evaluation loss is not finite")
     if images != index.samples:

@@ -6,11 +6,41 @@ numpy may change the streams of its generators between releases (NEP 19), and a 
 """
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
+
+
+class Purpose(IntEnum):
+    """What a random key is for. Frozen: another value moves every draw of its purpose, so a new purpose takes a new number."""
+
+    ROW_GROUPS = 1  # their order in an epoch
+    WINDOW = 2  # the samples inside of one
+    AUGMENT = 3
+    DROPOUT = 4  # and stochastic depth
+    TURN = 5  # of an epoch's line of row groups
+    MIX = 6
+
+
+class Draw(IntEnum):
+    """Where a sample's random numbers for its augmentation stand. Frozen: a new one comes behind, so that none moves."""
+
+    CROP = 0  # four for each of 10 tries, as many as it takes; the flip takes the next one
+    RANDAUGMENT = 41
+    ERASE = 42
+
+
+class MixDraw(IntEnum):
+    """The same for mixup and cutmix of a group."""
+
+    CUT = 0  # cutmix, or mixup
+    CENTRE_DOWN = 1  # of the box that is cut
+    CENTRE_ACROSS = 2
+    SHARE = 3  # two for each of 64 tries
 
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from lars.config import Recipe, RecipeError
 from lars.data.index import Index, fingerprint
 from lars.data.loader import Loader, training_batches
 from lars.data.order import Audit, Order, samples_hash
-from lars.data.source import DataError
+from lars.data.source import BadImages, DataError
 from lars.engine import Engine, build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
 from lars.launched import Launched, process_count
@@ -167,8 +167,8 @@ class Training:
             self.explain(sums, slots)
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.step, self.bad_images = self.step + 1, self.bad_images + sums.counts[1]
-        if self.bad_images > (allowed := self.recipe.data.max_bad_fraction) * max(self.step * self.plan.global_batch, self.plan.samples):
-            self.lacking = DataError(f"{self.bad_images} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows")
+        read = max(self.step * self.plan.global_batch, self.plan.samples)
+        self.lacking = BadImages.beyond(self.bad_images, read, self.recipe.data.max_bad_fraction)
         if self.recipe.ledger:
             self.folder.append("ledger.jsonl", {"step": self.step, "ids": gather(torch.cat(ids).to(self.engine.device)).tolist()})
         return float(sums.floats[0]) / self.plan.passes, lr
@@ -188,7 +188,7 @@ class Training:
         self.save()
         self.writer.wait()
         if errors := [e for e in gather_object([self.lacking]) if e and not isinstance(e, InterruptedError)]:
-            progress.note(f"step {self.step} is saved; once the data are there, start the same command again to go on")
+            progress.note(f"step {self.step} is saved{getattr(errors[0], 'again', '')}")
             raise errors[0]
         self.folder.end("preempted", **self.position())
         progress.note(f"stopped by a signal after step {self.step}; start the same command again to resume")

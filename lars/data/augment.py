@@ -3,35 +3,37 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from lars.config import Augment
-from lars.data.decode import Encoded
-from lars.keyed import uniform
+from lars.config import Augment, RecipeError, one_line
+from lars.data.decode import MAX_PIXELS, BadImage, Encoded
+from lars.keyed import Draw, Purpose, uniform
 
-_AUGMENT = 3  # what a random key is for
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
-DRAWS = 4 * _TRIES + 3
+DRAWS = max(Draw) + 1
+_SECTION = re.compile(r"(m|n|mmax|inc)(\d{1,4})|(p|mstd)(\d+(?:\.\d+)?)|(t)(weights|3a|3aw)")  # of a RandAugment policy
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # of random erasing, as in timm
 
 
 def draws_of(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """float64 (n, DRAWS) in [0, 1): the random numbers of n samples, each row a function of its own keys alone."""
-    return uniform(DRAWS, seed, _AUGMENT, epochs[:, None], samples[:, None])
+    return uniform(DRAWS, seed, Purpose.AUGMENT, epochs[:, None], samples[:, None])
 
 
 def training_image(data: bytes | memoryview | None, augment: Augment, size: int, draws: np.ndarray) -> np.ndarray:
     """uint8 (size, size, 3): one random view of a sample; `draws` is its row of `draws_of`.
 
     Raises:
-        BadImage: from `decode`.
+        BadImage: from `decode`, or so long and thin that it would be resized to more than MAX_PIXELS.
+        RecipeError: RandAugment failed.
     """
-    image, draw = Encoded(data), iter(draws.tolist())
+    image, draw = Encoded(data), iter(draws[Draw.CROP :].tolist())
     if augment.crop == "random_resized_crop":
         pixels = _random_resized_crop(image, augment, size, draw)
     else:
@@ -40,19 +42,49 @@ def training_image(data: bytes | memoryview | None, augment: Augment, size: int,
         pixels = cv2.flip(pixels, 1)
     if augment.randaugment:
         # timm draws from the global generators of Python and numpy: seeded for each sample, they carry nothing on
-        random.seed(int(draws[-2] * 2**53))
-        np.random.seed(int(draws[-2] * 2**32))
-        pixels = np.asarray(_rand_augment(augment.randaugment, size, tuple(augment.mean))(Image.fromarray(pixels)))
-    if draws[-1] < augment.erase:
-        pixels = _erase(pixels, augment, random.Random(int(draws[-1] * 2**53)))
+        random.seed(int(draws[Draw.RANDAUGMENT] * 2**53))
+        np.random.seed(int(draws[Draw.RANDAUGMENT] * 2**32))
+        try:
+            pixels = np.asarray(_rand_augment(augment.randaugment, size, tuple(augment.mean))(Image.fromarray(pixels)))
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise RecipeError(f"augment.randaugment={augment.randaugment} failed: {type(error).__name__}: {one_line(error)}") from None
+    if draws[Draw.ERASE] < augment.erase:
+        pixels = _erase(pixels, augment, random.Random(int(draws[Draw.ERASE] * 2**53)))
     return pixels
+
+
+def check_policy(policy: str) -> None:
+    """Refuse a RandAugment policy of which timm would leave something out, or cut it to a limit, without a word.
+
+    Raises:
+        RecipeError
+    """
+    name, *sections = policy.split("-")
+    matches = [_SECTION.fullmatch(section) for section in sections]
+    found = dict(filter(None, match.groups()) for match in matches if match)
+    known = name == "rand" and len(found) == len(sections)  # each section is one, and none stands twice
+    if not known or found.get("inc", "1") not in ("0", "1") or not 0 <= float(found.get("p", 0)) <= 1:
+        raise RecipeError(f"augment.randaugment={policy} is no policy of timm: write it as in rand-m9-mstd0.5-inc1")
+    limit = int(found.get("mmax", 10))
+    if int(found.get("m", limit)) > limit:
+        raise RecipeError(f"augment.randaugment={policy}: magnitude m is at most {limit}, or what -mmax says")
+    transform = _rand_augment(policy, 224, (128.0,) * 3)
+    if not 1 <= transform.num_layers <= len(transform.ops):
+        raise RecipeError(f"augment.randaugment={policy}: n must lie in 1 ... {len(transform.ops)}, the number of its operations")
 
 
 def evaluation_image(data: bytes | memoryview | None, augment: Augment, size: int) -> np.ndarray:
     """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the pixels are those of timm's transform."""
-    image = Image.fromarray(Encoded(data).pixels())
-    shorter, longer = augment.eval_resize, int(augment.eval_resize * max(image.size) / min(image.size))
-    extent = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    encoded = Encoded(data)
+    sides = encoded.width, encoded.height
+    shorter, longer = augment.eval_resize, int(augment.eval_resize * max(sides) / min(sides))
+    extent = _bounded(sides, (shorter, longer) if sides[0] <= sides[1] else (longer, shorter))
+    pixels = encoded.pixels()
+    del encoded  # with what Pillow holds of it: a large image should not be there three times
+    image = Image.fromarray(pixels)
+    del pixels
     image = image if image.size == extent else image.resize(extent, Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -71,6 +103,7 @@ def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[flo
     if augment.resize:
         scale = augment.resize / min(image.width, image.height)
         extent = (max(augment.resize, round(image.width * scale)), max(augment.resize, round(image.height * scale)))
+        extent = _bounded((image.width, image.height), extent)
         pixels = _resize(image.pixels(scale, fast=True), extent)
     else:
         pixels = image.pixels(fast=True)
@@ -101,6 +134,13 @@ def _random_box(extent: tuple[int, int], augment: Augment, draw: Iterator[float]
     return left, top, left + w, top + h
 
 
+def _bounded(sides: tuple[int, int], extent: tuple[int, int]) -> tuple[int, int]:
+    """`extent`, to which an image of these sides is resized."""
+    if extent[0] * extent[1] > MAX_PIXELS:
+        raise BadImage(f"{sides[0]} x {sides[1]} pixels, which would be resized to {extent[0]} x {extent[1]}")
+    return extent
+
+
 def _resize(pixels: np.ndarray, extent: tuple[int, int]) -> np.ndarray:
     """To (width, height): linear, which sees all pixels down to one half; below that the mean over each new pixel's area."""
     if pixels.shape[1::-1] == extent:
@@ -114,7 +154,18 @@ def _rand_augment(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[
     """timm's RandAugment, with the arguments that timm's own transform gives it."""
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(policy, {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(m)) for m in mean)})
+    transform = rand_augment_transform(policy, {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(m)) for m in mean)})
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's, which may ask for 0 bits: black, as Pillow had it before 13, which refuses them."""
+    if bits <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def _erase(pixels: np.ndarray, augment: Augment, generator: random.Random) -> np.ndarray:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError
+from lars.data.forked import fork
 from lars.data.index import Index
 from lars.data.order import Order
-from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end, fork
+from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end
 from lars.data.reader import Pass, Reader
 from lars.data.source import DataError
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lars.config import Recipe
-from lars.keyed import uniform
+from lars.keyed import MixDraw, Purpose, uniform
 
-_MIX = 6  # what a random key is for
 _TRIES = 64  # of Johnk's method for Beta(alpha, alpha); at alpha = 1 it fails once in 2^64
 
 
@@ -36,14 +35,14 @@ def mix(images: Tensor, labels: Tensor, recipe: Recipe, step: int, first_slot: i
 
 
 def _mix_group(images: Tensor, targets: Tensor, recipe: Recipe, step: int, group: int) -> tuple[Tensor, Tensor]:
-    augment, draws = recipe.augment, uniform(3 + 2 * _TRIES, recipe.seed, _MIX, step, group).tolist()
-    cut = augment.cutmix > 0 and (augment.mixup == 0 or draws[0] < 0.5)
-    share = _beta(augment.cutmix if cut else augment.mixup, draws[3:])
+    augment, draws = recipe.augment, uniform(MixDraw.SHARE + 2 * _TRIES, recipe.seed, Purpose.MIX, step, group).tolist()
+    cut = augment.cutmix > 0 and (augment.mixup == 0 or draws[MixDraw.CUT] < 0.5)
+    share = _beta(augment.cutmix if cut else augment.mixup, draws[MixDraw.SHARE : MixDraw.SHARE + 2 * _TRIES])
     if cut:
         height, width = images.shape[2:]
         side = math.sqrt(1 - share)
-        top, bottom = _span(draws[1], side, height)
-        left, right = _span(draws[2], side, width)
+        top, bottom = _span(draws[MixDraw.CENTRE_DOWN], side, height)
+        left, right = _span(draws[MixDraw.CENTRE_ACROSS], side, width)
         other, images = images.flip(0), images.clone()
         images[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / (height * width)  # what the edges of the image left of the box

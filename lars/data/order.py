@@ -19,11 +19,10 @@ from functools import lru_cache
 import numpy as np
 
 from lars.data.index import Index
-from lars.keyed import mix64, permutation
+from lars.keyed import Purpose, mix64, permutation
 
 WINDOW_ROW_GROUPS = 4  # of each lane, at least
 OPEN_ROW_GROUPS = 256  # of all lanes together, at least
-_ROW_GROUPS, _WINDOW, _TURN = 1, 2, 5  # what a random key is for
 
 
 class Order:
@@ -106,8 +105,8 @@ class Order:
 
         Without the turn a lane would cut row groups of equal size at the same row in every epoch.
         """
-        groups = permutation(len(self.rows), self.seed, _ROW_GROUPS, epoch)
-        return groups, np.concatenate([[0], np.cumsum(self.rows[groups])]), int(mix64(self.seed, _TURN, epoch) % np.uint64(self.samples))
+        groups = permutation(len(self.rows), self.seed, Purpose.ROW_GROUPS, epoch)
+        return groups, np.concatenate([[0], np.cumsum(self.rows[groups])]), int(mix64(self.seed, Purpose.TURN, epoch) % np.uint64(self.samples))
 
     def _shuffled(self, epoch: int, start: int, count: int) -> np.ndarray:
         """The ids at [start, start + count) of the epoch's line, shuffled."""
@@ -115,7 +114,7 @@ class Order:
         places = (np.arange(start, start + count) + turn) % self.samples
         which = np.searchsorted(begins, places, side="right") - 1
         ids = self.first_row[groups[which]] + places - begins[which]
-        return ids[permutation(count, self.seed, _WINDOW, epoch, start)]
+        return ids[permutation(count, self.seed, Purpose.WINDOW, epoch, start)]
 
 
 def samples_hash(step: int, slots: range, ids: np.ndarray) -> int:

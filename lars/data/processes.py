@@ -15,10 +15,6 @@ import pickle
 import select
 import signal
 import struct
-import threading
-import time
-import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,18 +23,19 @@ import cv2
 import numpy as np
 import torch
 
-from lars.config import Recipe, RecipeError
+from lars.config import Recipe, RecipeError, one_line
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import MAX_BYTES, BadImage
 from lars.data.reader import Pass, Reader, Samples
-from lars.data.source import DataError
+from lars.data.source import DataError, DecoderError
 
 log = logging.getLogger("lars")
 
 ARENA = 2 * MAX_BYTES + 2**20  # bytes of encoded samples on their way to a decoder; more with many of them
 _ERROR = 64 * 1024  # bytes for the reader's last words
 _TASK = struct.Struct("<qqqq")  # reader to decoders: place in the arena, samples, slot, pass
-_BACK = struct.Struct("<qq")  # decoders to reader: place in the arena, and a sample that is no image, or -1 for the end
+_BACK = struct.Struct("<qq")  # decoders to reader: place in the arena; -1: done, n: sample n is no image, -2 - n: it failed
+_WORDS = 256  # bytes of a sample in the arena, at least: there a decoder says what is wrong with it
 NEWS = struct.Struct("<qqqq")  # to the training process: what, then as below
 DONE, END, FAILED = range(3)  # DONE: pass, slot, samples. END: number of passes. FAILED: pass, length of the error
 SLOT = struct.Struct("<q")  # training process to reader: a slot that is free again
@@ -66,10 +63,10 @@ class Shared:
 
     def pin(self) -> None:
         """Let a GPU read the pixels directly, so that its copies run beside its work."""
-        failed = torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0)
-        self.pinned = not int(failed)
-        if failed:
-            log.warning("%d MiB of memory could not be pinned (CUDA error %d): copies to the GPU are slower", self.images.nbytes >> 20, int(failed))
+        error = int(torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0))  # the enum itself is always true
+        self.pinned = not error
+        if error:
+            log.warning("%d MiB of memory could not be pinned (CUDA error %d): copies to the GPU are slower", self.images.nbytes >> 20, error)
 
     def unpin(self) -> None:
         if self.pinned:
@@ -103,33 +100,6 @@ def end(children: dict[int, str], pipes: Pipes, shared: Shared) -> None:
     shared.unpin()
 
 
-def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child that ends with its parent and leaves signals to it (launchers signal whole process groups)."""
-    parent = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of the parent: the child uses none of what they may hold
-        child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
-
-
 @dataclass
 class _Sample:
     """One sample on its way to a decoder."""
@@ -138,6 +108,7 @@ class _Sample:
     id: int
     epoch: int
     data: bytes | None
+    at: int = 0  # in the arena
     tries: int = 0  # neighbours that were tried in its stead
 
 
@@ -164,21 +135,27 @@ class Serving:
         self.poll = select.poll()
         for end in (self.pipes.back[0], self.pipes.free[0]):
             self.poll.register(end, select.POLLIN)
-        try:
-            for samples in self.reader.samples(self.passes):
-                while not self.slots:
-                    self._listen()
-                self._hand_out(self.number, self.slots.popleft(), samples)
-                self.number += 1
-            self._tell(END, self.number)
-            while True:
+        work, length = self._serve, 0
+        while True:
+            try:
+                work()
+            except (DataError, RecipeError) as error:
+                if not length:  # the training process may be reading these words when another pass fails too
+                    words = pickle.dumps(error)
+                    length = len(words)
+                    self.shared.error[:length] = words
+                self._tell(FAILED, self.number, length)
+            work = self._listen  # what was handed out before is still delivered
+
+    def _serve(self) -> None:
+        for samples in self.reader.samples(self.passes):
+            while not self.slots:
                 self._listen()
-        except (DataError, RecipeError) as error:
-            words = pickle.dumps(error)
-            self.shared.error[: len(words)] = words
-            self._tell(FAILED, self.number, len(words))
-            while True:  # what was handed out before is still delivered
-                self._listen()
+            self._hand_out(self.number, self.slots.popleft(), samples)
+            self.number += 1
+        self._tell(END, self.number)
+        while True:
+            self._listen()
 
     def _hand_out(self, number: int, slot: int, samples: Samples) -> None:
         count = len(samples.ids)
@@ -195,13 +172,13 @@ class Serving:
     def _send(self, number: int, slot: int, samples: list[_Sample]) -> None:
         data = [(s.data or b"")[: MAX_BYTES + 1] for s in samples]  # one byte too many is enough for the decoder to refuse it
         table = np.array([(s.place, s.epoch, s.id, len(d)) for s, d in zip(samples, data)], np.int64).tobytes()
-        size = len(table) + sum(map(len, data))
+        size = len(table) + sum(max(_WORDS, len(d)) for d in data)
         while (begin := self._room(size)) is None:
             self._listen()
-        at = begin
-        for part in (table, *data):
-            self.shared.arena[at : at + len(part)] = part
-            at += len(part)
+        self.shared.arena[begin : (at := begin + len(table))] = table
+        for sample, part in zip(samples, data):
+            self.shared.arena[at : at + len(part)], sample.at = part, at
+            at += max(_WORDS, len(part))
         self.tasks.append(_Task(begin, -(-at // 8) * 8, slot, number, samples))  # tables of integers begin at multiples of 8
         self._hear()  # so that decoders never wait for us while we wait for them
         os.write(self.pipes.tasks[1], _TASK.pack(begin, len(samples), slot, number))
@@ -228,26 +205,35 @@ class Serving:
             if end == self.pipes.free[0]:
                 self.slots.append(SLOT.unpack(os.read(end, SLOT.size))[0])
             else:
-                begin, bad = _BACK.unpack(os.read(end, _BACK.size))
+                begin, what = _BACK.unpack(os.read(end, _BACK.size))
                 task = next(t for t in self.tasks if t.begin == begin and not t.done)
-                if bad < 0:
+                if what == -1:
                     task.done = True
                 else:
-                    self._replace(task, task.samples[bad])
+                    self._look_after(task, task.samples[what if what >= 0 else -2 - what], bad=what >= 0)
 
-    def _replace(self, task: _Task, sample: _Sample) -> None:
-        """The next row of the same row group stands in for an image that cannot be decoded."""
-        index = self.reader.index
+    def _look_after(self, task: _Task, sample: _Sample, bad: bool) -> None:
+        """The next row of the same row group stands in for an image that is bad; any other failure ends the run."""
+        index, reader = self.reader.index, self.reader
+        words = bytes(self.shared.arena[sample.at : sample.at + _WORDS]).split(b"\0")[0].decode(errors="replace")
         group = int(index.group_of(np.array([sample.id]))[0])
-        tries, rows = sample.tries + 1, int(index.rows[group])
-        if tries == rows:
-            self.number = task.number
-            raise DataError(f"no image of row group {int(index.group_in_file[group])} of {index.files[int(index.file[group])]} can be decoded")
-        row = (sample.id - int(index.first_row[group]) + tries) % rows
-        data, label = self.reader.neighbour(group, row)
-        self.shared.labels[task.slot, sample.place] = label
-        self.shared.counts[task.slot, 1] += tries == 1
-        self._send(task.number, task.slot, [replace(sample, data=data, tries=tries)])
+        first, rows, tries = int(index.first_row[group]), int(index.rows[group]), sample.tries + 1
+        row = (sample.id - first + sample.tries) % rows
+        try:
+            if not bad:
+                raise DecoderError(f"{words} (sample {first + row}: {reader.where(group, row)})")
+            log.warning(
+                "sample %d cannot be decoded (%s; %s); the next one of its row group stands in for it", first + row, words, reader.where(group, row)
+            )
+            if tries == rows:
+                raise DataError(f"no image of row group {int(index.group_in_file[group])} of {index.files[int(index.file[group])]} can be decoded")
+            data, label = reader.neighbour(group, (row + 1) % rows)
+            self.shared.labels[task.slot, sample.place] = label
+            self.shared.counts[task.slot, 1] += tries == 1
+            self._send(task.number, task.slot, [replace(sample, data=data, tries=tries)])
+        except (DataError, RecipeError):
+            self.number = min(self.number, task.number)  # this pass is the first that cannot be delivered
+            raise
 
     def _tell(self, what: int, *facts: int) -> None:
         os.write(self.pipes.news[1], NEWS.pack(what, *facts, *[0] * (3 - len(facts))))
@@ -269,14 +255,13 @@ class Decoding:
                 os.write(self.pipes.news[1], NEWS.pack(DONE, number, slot, good))
 
     def _decode(self, begin: int, count: int, slot: int) -> int:
-        """Returns how many of the samples are images; the reader is told of the others."""
+        """Returns how many of the samples became pixels; the reader is told of the others."""
         recipe, size, good = self.recipe, self.recipe.model.image_size, 0
         table = np.frombuffer(self.shared.arena, np.int64, 4 * count, begin).reshape(count, 4)
         draws = draws_of(recipe.seed, table[:, 1], table[:, 2]) if self.training else None
         at = begin + table.nbytes
-        for number, (place, _, sample, length) in enumerate(table.tolist()):
+        for number, (place, _, _, length) in enumerate(table.tolist()):
             data = self.shared.arena[at : at + length]
-            at += length
             try:
                 if draws is None:
                     view = evaluation_image(data, recipe.augment, size)
@@ -284,7 +269,11 @@ class Decoding:
                     view = training_image(data, recipe.augment, size, draws[number])
                 self.shared.images[slot, place] = view
                 good += 1
-            except BadImage as error:
-                log.warning("sample %d cannot be decoded (%s); the next one of its row group stands in for it", sample, error)
-                os.write(self.pipes.back[1], _BACK.pack(begin, number))
+            except Exception as error:
+                plain, bad = isinstance(error, (BadImage, RecipeError)), isinstance(error, BadImage)
+                words = one_line(error) if plain or not str(error) else f"{type(error).__name__}: {one_line(error)}"
+                words += "; lower data.workers, or free memory" if isinstance(error, MemoryError) else ""
+                self.shared.arena[at : at + _WORDS] = words.encode()[:_WORDS].ljust(_WORDS, b"\0")
+                os.write(self.pipes.back[1], _BACK.pack(begin, number if bad else -2 - number))
+            at += max(_WORDS, length)
         return good

@@ -13,7 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.config import Data, one_line
+from lars.config import Data, RecipeError, one_line
 from lars.data.index import Index, check_label_range, parse_footer
 from lars.data.source import DataError, Source
 
@@ -66,6 +66,7 @@ class Reader:
         self.footers: dict[int, pq.FileMetaData] = {}
         self.seen_unchanged: set[int] = set()
         self.spare: tuple[int, list[bytes | None], np.ndarray] | None = None
+        self.paths: list[str | None] = []  # of its images, as they are called in the data set
         self.reads = 0  # row groups read so far
 
     def samples(self, passes: Iterable[Pass]) -> Iterator[Samples]:
@@ -90,6 +91,15 @@ class Reader:
         if self.spare is None or self.spare[0] != group:
             self.spare = (group, *self._read(group))
         return self.spare[1][row], int(self.spare[2][row])
+
+    def where(self, group: int, row: int) -> str:
+        """Where a person finds an image: its name, which is read again for this, and its place."""
+        place = f"row {row} of row group {int(self.index.group_in_file[group])} of {self.index.files[int(self.index.file[group])]}"
+        try:
+            self.neighbour(group, row)
+            return f"{self.paths[row]!r}, {place}" if self.paths[row] else place
+        except (DataError, RecipeError, MemoryError):  # the name is a favour
+            return place
 
     def _plan(self, ids: np.ndarray, epochs: np.ndarray, must: bool) -> bool:
         """Start the reads of a pass; False if there is no memory for them now. The next pass to be taken `must` have them."""
@@ -193,6 +203,10 @@ class Reader:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"row group {number} of {name} cannot be read, the file is damaged: {one_line(error)}") from None
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
+        if rows is None:
+            kind = table[self.data.image_column].type
+            parts = table[self.data.image_column].chunks if kind.get_field_index("path") >= 0 else []
+            self.paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
         whole = rows is None or len(rows) == len(labels)  # spares a copy
         return (images if whole else images.take(pa.array(rows))).to_pylist(), labels
 

@@ -6,6 +6,7 @@ load (datasets issues 7440 and 7506, torchtitan pull request 4830). No sample is
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 import time
@@ -26,8 +27,31 @@ _FIRST_WAIT, _LONGEST_WAIT, _BETWEEN_WARNINGS = 0.5, 30.0, 10.0  # seconds
 class DataError(RuntimeError):
     """The data cannot be read any more, or are not those the run began with. What was trained so far is saved."""
 
+    again = "; once the data are there, start the same command again to go on"
+
     def __str__(self) -> str:
         return hidden(super().__str__())
+
+
+class BadImages(DataError):
+    """More images are damaged than the recipe allows, which no second start can mend."""
+
+    again = ""
+
+    @classmethod
+    def beyond(cls, bad: int, read: int, allowed: float) -> BadImages | None:
+        """What is wrong with `bad` of `read` images, if that is a larger share than `allowed`."""
+        least = math.ceil(bad / read * 1e4) / 1e4
+        return None if bad <= allowed * read else cls(
+            f"{bad} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows: "
+            f"repair the data, or allow data.max_bad_fraction={least:g} or more; either is another run, so give another run_dir"
+        )
+
+
+class DecoderError(DataError):
+    """A decoder failed, and not for what an image holds."""
+
+    again = "; with that out of the way, start the same command again to go on"
 
 
 class Source:

@@ -158,10 +158,10 @@ def test_a_process_of_the_loader_that_is_killed_is_an_error_and_no_hang(role: st
 def test_an_exception_in_a_decoder_is_an_error_and_no_hang(recipe: Recipe, index: Index, monkeypatch, capfd) -> None:
     monkeypatch.setattr("lars.data.processes.training_image", lambda *a: 1 / 0)
     batches = batches_of(recipe, index, [range(96)], 0, 5)
-    with pytest.raises(DataError, match="a decoding process of the loader ended with status 1, see above"):
+    with pytest.raises(DataError, match=r"ZeroDivisionError: division by zero \(sample \d+: 'train_\d+.png', row \d+ of row group \d+ of .*parquet\)"):
         next(batches)
     batches.close()
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_loader_whose_user_waits_can_be_interrupted(recipe: Recipe, index: Index, monkeypatch) -> None:
