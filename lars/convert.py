@@ -2,12 +2,13 @@
 
 SOURCE is one of
 - an image folder: train/<class>/* and val/ or validation/<class>/*; classes are numbered in the order of their names;
-- a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which are read in place, never unpacked; the validation
-  labels come from ILSVRC2012_devkit_t12.tar.gz beside them or from --val-labels;
+- a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which are read in place, never unpacked; the
+  validation labels come from ILSVRC2012_devkit_t12.tar.gz beside them or from --val-labels;
 - a Hub id, a folder or an address of Parquet files, which are copied byte for byte: the fingerprint stays the same.
 
-OUT is new, empty, or of the same conversion. Start the same command again after any interruption: what is complete stays, and
-the files become the same to the byte. OUT/content.json has the hashes of their content. Unfinished work is in OUT/.convert.
+OUT is new, empty, or of the same conversion. Start the same command again after any interruption: what is complete
+stays, and the files become the same to the byte. OUT/content.json has the hashes of their content. OUT/.convert is for
+unfinished work.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from lars.config import RecipeError, one_line
-from lars.data.originals import SPLITS, TARS, ilsvrc_tars, image_folder
+from lars.data.originals import SPLITS, TARS, check_name, ilsvrc_tars, image_folder
 from lars.data.packing import UNFINISHED, Job, Shrink, begin_worker, content_of, copies, finish, packs, rows_of, shrunk
 from lars.data.source import DataError
 from lars.lock import LockLost, RunLock
@@ -88,7 +89,8 @@ def _left(jobs: list[Job], identity: dict[str, Any], out: Path) -> tuple[list[Jo
     if not before:
         return jobs, {}
     content = _read(out / "content.json").get("files") if (out / "content.json").exists() else {}
-    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+    entries = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("undecodable", []), list) for entry in entries):
         raise RecipeError(f"{out / 'content.json'} is not what lars.convert wrote: {_REMEDY}")
     for key in {**identity, **before}:
         if key in ("states", "form", "writer") or before.get(key) == identity.get(key):
@@ -205,21 +207,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m lars.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--split", action="append", choices=list(SPLITS), help="only this one (default: both)")
-    parser.add_argument("--resize", type=int, metavar="S", help="bring the shorter side to S pixels if it is larger, as JPEG")
-    parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs (default: 90)")
-    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="Kaggle's LOC_val_solution.csv, or lines `name wnid`")
-    parser.add_argument("--revision", help="of a Hub data set: branch, tag or commit")
-    parser.add_argument("--file-mb", type=int, metavar="MB", help="of images (before --resize) in each file (default: 500)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="python -m lars.convert", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("source", metavar="SOURCE")
+    add("out", metavar="OUT")
+    add("--split", action="append", choices=list(SPLITS), help="only this one (default: both)")
+    add("--resize", type=int, metavar="S", help="bring the shorter side to S pixels if it is larger, as JPEG")
+    add("--quality", type=int, metavar="Q", help="of these JPEGs (default: 90)")
+    add("--val-labels", type=Path, metavar="FILE", help="Kaggle's LOC_val_solution.csv, or lines `name wnid`")
+    add("--revision", help="of a Hub data set: branch, tag or commit")
+    add("--file-mb", type=int, metavar="MB", help="of images (before --resize) in each file (default: 500)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     args = parser.parse_args(given)
     for name, value in (("SOURCE", args.source), ("OUT", args.out)):
-        if not value or not value.isprintable():
-            why = "has characters that are not UTF-8 or not printable: rename it" if value else "is empty: give a folder"
-            parser.error(f"{name}={value} {why}")
+        check_name(value, f"{name}={value}")
+        if not value:
+            parser.error(f"{name} is empty: give a folder")
     args.out = Path(args.out)
     return args
 
@@ -241,7 +245,8 @@ def _convert(args: argparse.Namespace, lock: RunLock, jobs: list[Job], identity:
     _write(out / "content.json", {"files": content})
     _write(out / "convert.json", identity)
     shrink = partial(shrunk, side=args.resize, quality=identity["quality"]) if args.resize else None
-    _carry_out(left, sum(job.amount for job in jobs) - sum(job.amount for job in left), out, place, shrink, args.workers)
+    done = sum(job.amount for job in jobs if job not in left)
+    _carry_out(left, done, out, place, shrink, args.workers)
     for split in identity["split"]:
         files = [out / job.name for job in jobs if job.split == split]
         size = sum(file.stat().st_size for file in files)
@@ -267,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         lock.acquire()
         _convert(args, lock, jobs, identity)
     except RecipeError as error:
-        words = str(error).replace("data.path=", "SOURCE ").replace("give this run its own run_dir=...", "give another OUT")
+        words = str(error).replace("data.path=", "SOURCE ").replace("give this run its own", "give another")
         print("error:", _plain(words.replace("run_dir=...", "OUT").replace("run_dir=", "OUT=")), file=sys.stderr)
         return 2
     except OSError as error:

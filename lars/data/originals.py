@@ -1,7 +1,7 @@
-"""What an image folder or ILSVRC's tar files hold: every image by its place, and a count of everything that is left out.
+"""What an image folder or ILSVRC's tar files hold: every image by its place, and a count of what is left out.
 
-No link is followed, because it can lead out of the tree or back into it, and nothing but a regular file is opened. What
-looks like an image and cannot be taken is refused by name instead of being left out, so that no image is missing unseen.
+No link is followed, because it can lead out of the tree or back into it, and nothing but a regular file is opened.
+What is called an image and cannot be taken is refused by name, not left out: no image is missing unseen.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # {split: w
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
-_PADDING = 2**20  # most zero bytes at the end of a tar; more of them are a part of it that never came
+_PADDING = 20 * 1024  # most zero bytes at the end of a tar, which fills up 10 KiB; more are a part that never came
 _DEVKIT_BYTES = 2**26  # of a file in the devkit; the real ones have 150 kB at most
 
 
@@ -45,19 +45,21 @@ class Originals(NamedTuple):
             RecipeError: one that cannot.
         """
         for name in self.classes:
-            _encodable(name, f"class {name}")
+            check_name(name, f"class {name}")
         for split, rows in self.images.items():
             if not rows:
                 raise RecipeError(f"split {split} has no images: they are expected in a folder or a tar per class")
             for row in rows:
                 where = row.place if os.path.basename(row.place) == row.name else f"{row.place}: {row.name}"
-                _encodable(row.name, where)
+                check_name(row.name, where)
                 if row.size > MAX_BYTES:
-                    raise RecipeError(f"{where} has {row.size:,} bytes, and training reads no image of more than {MAX_BYTES:,}: remove it")
+                    limit = f"training reads no image of more than {MAX_BYTES:,}"
+                    raise RecipeError(f"{where} has {row.size:,} bytes, and {limit}: remove it")
         return self
 
 
-def _encodable(name: str, where: str) -> None:
+def check_name(name: str, where: str) -> None:
+    """Raise RecipeError unless a name is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -65,8 +67,10 @@ def _encodable(name: str, where: str) -> None:
 
 
 def image_folder(folder: Path, splits: list[str]) -> Originals:
-    """Images in train/<class>/ and val/<class>/, and in folders below; classes are numbered in the order of their names."""
-    places = {split: [folder / name for name in names if os.path.lexists(folder / name)] for split, names in SPLITS.items()}
+    """Images in train/<class>/ and val/<class>/ and in folders below; classes are numbered in their names' order."""
+    places = {
+        split: [folder / name for name in names if os.path.lexists(folder / name)] for split, names in SPLITS.items()
+    }
     places = {split: found for split, found in places.items() if found}
     for split in splits:
         if split not in places:
@@ -80,7 +84,9 @@ def image_folder(folder: Path, splits: list[str]) -> Originals:
         images[split], place = [], places[split][0]
         for name in folders[split]:
             if name not in classes:
-                raise RecipeError(f"{place} has a class {name} that {places['train'][0]} has not: classes are numbered by its folders")
+                raise RecipeError(
+                    f"{place} has a class {name} that {places['train'][0]} has not: classes are numbered by its folders"
+                )
             found = list(_images_in(place / name, classes.index(name), left_out[split]))
             if not found:
                 raise RecipeError(f"{place / name} holds no image ({' '.join(_ENDINGS)}): remove it, or give it some")
@@ -118,7 +124,9 @@ def _images_in(top: Path, label: int, left_out: Counter[str]) -> Iterator[Row]:
 
 def _refuse_link(path: Path | str, link: bool) -> None:
     if link:
-        raise RecipeError(f"{path} is a link, and links are not followed: put there what it leads to (`cp -rL`), or remove it")
+        raise RecipeError(
+            f"{path} is a link, and links are not followed: put there what it leads to (`cp -rL`), or remove it"
+        )
 
 
 def _ending(name: str) -> str:
@@ -145,19 +153,26 @@ def ilsvrc_tars(folder: Path, splits: list[str], val_labels: Path | None) -> Ori
             found["train"] += [image._replace(label=label) for image in inner]
     if "validation" in splits:
         number = {name: label for label, name in enumerate(classes)}
-        found["validation"] = [image._replace(label=number.get(wnids.get(PurePosixPath(image.name).stem), -1)) for image in images]
+        found["validation"] = [
+            image._replace(label=number.get(wnids.get(PurePosixPath(image.name).stem), -1)) for image in images
+        ]
         for image in (image for image in found["validation"] if image.label < 0):
-            raise RecipeError(f"{image.name} has no label, or a class that {TARS['train']} has not: these labels are of other images")
+            raise RecipeError(
+                f"{image.name} has no label, or a class that {TARS['train']} has not: these labels are of other images"
+            )
         missing = sorted(wnids.keys() - {PurePosixPath(image.name).stem for image in images})
         if missing:
-            raise RecipeError(f"{len(missing):,} labels are of images that {TARS['validation']} has not ({missing[0]}): fetch it again")
+            what = f"{len(missing):,} labels are of images that {TARS['validation']} has not"
+            raise RecipeError(f"{what} ({missing[0]}): fetch it again")
     return Originals(classes, found, left_out)
 
 
-def _members(tar: Path, endings: tuple[str, ...], left_out: Counter[str], start: int = 0, stop: int | None = None) -> list[Row]:
-    """The files in a tar that are called so, not labelled yet; with `start` and `stop` of the tar that lies there in another one.
+def _members(
+    tar: Path, endings: tuple[str, ...], left_out: Counter[str], start: int = 0, stop: int | None = None
+) -> list[Row]:
+    """The files in a tar that are called so, not labelled yet; a tar in another one lies from `start` to `stop`.
 
-    Python's `tarfile` takes whatever is no header for the end. So the end must be one: zeros up to `stop`, and not too many.
+    Python's `tarfile` takes whatever is no header for the end. So the end must be one: some zeros up to `stop`.
     """
     stop = os.path.getsize(tar) if stop is None else stop
     with open(tar, "rb") as stream:
@@ -179,7 +194,8 @@ def _members(tar: Path, endings: tuple[str, ...], left_out: Counter[str], start:
     if len(rest) < tarfile.BLOCKSIZE:
         raise RecipeError(f"{tar} is cut off: fetch it again")
     if rest.strip(b"\0") or len(rest) > _PADDING:
-        raise RecipeError(f"{tar} is damaged at byte {end:,} (neither a header nor the end is there): fetch it again")
+        what = "neither a header nor the end is there" if rest.strip(b"\0") else "too many zeros are there"
+        raise RecipeError(f"{tar} is damaged at byte {end:,} ({what}): fetch it again")
     files: dict[str, tuple[int, int]] = {}  # of hard links too: they are another name of a file before them
     found: dict[str, Row] = {}
     for member in members:
@@ -195,7 +211,8 @@ def _members(tar: Path, endings: tuple[str, ...], left_out: Counter[str], start:
         if not name.lower().endswith(endings):
             left_out[_ending(name)] += 1
         elif not place:
-            raise RecipeError(f"{tar}: {member.name} is no regular file (a link that leads nowhere, a device, a sparse file): fetch it again")
+            what = "no regular file (a link that leads nowhere, a device, a sparse file)"
+            raise RecipeError(f"{tar}: {member.name} is {what}: fetch it again")
         elif name in found:
             raise RecipeError(f"{tar} holds {name} twice: fetch it again")
         else:
@@ -208,7 +225,9 @@ def _validation_wnids(folder: Path, listed: Path | None, names: list[str]) -> di
     if listed:
         return _listed_wnids(listed)
     if not (folder / DEVKIT).is_file():
-        raise RecipeError(f"no validation labels: put {DEVKIT} beside {TARS['validation']}, or give --val-labels LOC_val_solution.csv")
+        raise RecipeError(
+            f"no validation labels: put {DEVKIT} beside {TARS['validation']}, or give --val-labels LOC_val_solution.csv"
+        )
     try:
         with ProcessPoolExecutor(1) as pool:  # scipy's reader can end the process that reads damaged bytes
             labels = pool.submit(_devkit_wnids, folder / DEVKIT).result()
@@ -218,7 +237,9 @@ def _validation_wnids(folder: Path, listed: Path | None, names: list[str]) -> di
         why = f"{type(error).__name__}: {one_line(error)}"
         raise RecipeError(f"{folder / DEVKIT} is damaged ({why}): fetch it again") from None
     if len(labels) != len(names):
-        raise RecipeError(f"{DEVKIT} has {len(labels):,} labels, {TARS['validation']} has {len(names):,} images: fetch both again")
+        raise RecipeError(
+            f"{DEVKIT} has {len(labels):,} labels, {TARS['validation']} has {len(names):,} images: fetch both again"
+        )
     return {PurePosixPath(name).stem: label for name, label in zip(names, labels)}
 
 
@@ -239,13 +260,19 @@ def _devkit_wnids(devkit: Path) -> list[str]:
 
 def _listed_wnids(file: Path) -> dict[str, str]:
     try:
-        lines = [line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--val-labels {file} cannot be read ({one_line(error)}): give LOC_val_solution.csv, or lines `name wnid`") from None
+        raise RecipeError(
+            f"--val-labels {file} cannot be read ({one_line(error)}): give LOC_val_solution.csv, or lines `name wnid`"
+        ) from None
     if any(len(words) < 2 for words in lines):
         raise RecipeError(f"{file}: a line is neither `name wnid` nor one of Kaggle's LOC_val_solution.csv")
     found: dict[str, str] = {}
     for name, wnid, *_ in (words for words in lines if words[0] != "ImageId"):
         if found.setdefault(PurePosixPath(name).stem, wnid) != wnid:
-            raise RecipeError(f"{file} gives {name} two labels, {found[PurePosixPath(name).stem]} and {wnid}: remove one")
+            raise RecipeError(
+                f"{file} gives {name} two labels, {found[PurePosixPath(name).stem]} and {wnid}: remove one"
+            )
     return found

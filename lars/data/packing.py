@@ -1,7 +1,7 @@
 """The Parquet files of a local copy: which there are, and how each is written, with the hashes of its content.
 
-Images are put into row groups, originals are copied byte for byte. A worker of `lars.convert` writes into the folder for
-unfinished work alone; the process that began the work puts in its place what is finished.
+Images are put into row groups, originals are copied byte for byte. A worker of `lars.convert` writes into the folder
+for unfinished work alone; the process that began the work puts in its place what is finished.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,9 @@ ROW_GROUP = 100  # rows, as on the Hub
 UNFINISHED = ".convert"  # the folder in OUT for unfinished work; `datasets` reads no hidden one
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Shrink = Callable[[bytes | None], bytes] | None  # what is done to every image; raises BadImage
-Finished = tuple[Path, list[str]]  # a file among the unfinished work, and the names of its images that cannot be decoded
+Finished = tuple[
+    Path, list[str]
+]  # a file among the unfinished work, and the names of its images that cannot be decoded
 
 
 class Job(NamedTuple):
@@ -74,8 +76,8 @@ def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tup
         if not files:
             raise RecipeError(f"{path} has no split {split!r}: --split takes what there is")
         source = Source(files[0], Data.retry_seconds)
-        for file in (file for file in files if source.local and rows_of(file) is None):
-            raise RecipeError(f"{file} is not a Parquet file, or is not whole: put a whole one there")
+        if source.local:
+            _check_whole(files)
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(source.state, files))
         for file, state in zip(files, found):
@@ -86,6 +88,16 @@ def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tup
             jobs.append(Job(split, name, int(state.split()[0]), part, partial(_copy, part, file, state)))
             states[name] = state
     return jobs, {"files": sorted(states), "states": states}
+
+
+def _check_whole(files: list[str]) -> None:
+    """Raise RecipeError unless the footers can be read; in another process, which a hostile one can end."""
+    with ProcessPoolExecutor(1) as pool:
+        for file, read in [(file, pool.submit(_spans, file)) for file in files]:
+            try:
+                read.result()
+            except (pa.ArrowException, OSError, ValueError, BrokenExecutor):
+                raise RecipeError(f"{file} is not a Parquet file, or is not whole: put a whole one there") from None
 
 
 def finish(job: Job, shrink: Shrink) -> tuple[Path, dict[str, Any]]:
@@ -118,7 +130,7 @@ def _pack(target: Path, rows: list[Row], classes: list[str], shrink: Shrink) -> 
 
 
 def _copy(part: Path, original: str, state: str, shrink: Shrink) -> Finished:
-    """Copy a Parquet file by way of `part`, a beginning of it at whatever moment a kill comes; re-encode it if asked."""
+    """Copy a Parquet file by way of `part`, a beginning of it whenever a kill comes; re-encode it if asked."""
     source, size = Source(original, Data.retry_seconds), int(state.split()[0])
     with open(part, "ab") as file:
         _advance(file.tell())
@@ -174,7 +186,9 @@ def shrunk(data: bytes | None, side: int, quality: int) -> bytes:
     short = min(image.height, image.width)
     if short <= side:
         return data
-    pixels = image.pixels(2 * side / short)  # libjpeg leaves out what is beyond twice the size, as Pillow's reducing_gap=2
+    pixels = image.pixels(
+        2 * side / short
+    )  # libjpeg leaves out what is beyond twice the size, as Pillow's reducing_gap=2
     size = (round(image.width * side / short), round(image.height * side / short))
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
@@ -194,25 +208,31 @@ def _write(target: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
 
 
 def content_of(file: Path) -> dict[str, Any]:
-    """SHA-256 of a Parquet file, and of each row group: its bytes from the first page of all its columns to the last one's end."""
-    metadata, groups = pq.read_metadata(file), []
+    """SHA-256 of a Parquet file, and of each row group: of its bytes from its first page to the end of its last one."""
+    spans = _spans(file)
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         with memoryview(whole) as view:
-            for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                start, end = len(view), 0
-                for chunk in map(group.column, range(group.num_columns)):
-                    first = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
-                    start, end = min(start, max(0, first)), max(end, first + chunk.total_compressed_size)
-                with view[start:end] as span:
-                    groups.append(hashlib.sha256(span).hexdigest())
+            groups = [hashlib.sha256(view[start:end]).hexdigest() for start, end in spans]
             return {"sha256": hashlib.sha256(view).hexdigest(), "row_groups": groups}
+
+
+def _spans(file: Path | str) -> list[tuple[int, int]]:
+    """First byte and end of each row group."""
+    metadata, spans = pq.read_metadata(file), []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        starts, ends = [], [0]
+        for chunk in map(group.column, range(group.num_columns)):
+            starts.append(max(0, min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)))
+            ends.append(starts[-1] + chunk.total_compressed_size)
+        spans.append((min(starts, default=0), max(ends)))
+    return spans
 
 
 def rows_of(file: Path | str) -> int | None:
     """Rows of a Parquet file; None if it is missing or not whole."""
     try:
         return pq.read_metadata(file).num_rows if os.path.isfile(file) else None
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # the last one of names that are no UTF-8
         return None
 
 
@@ -222,7 +242,9 @@ def begin_worker(counter: Any) -> None:
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no orphans
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()  # no orphans
 
 
 def _advance(amount: int) -> None:
