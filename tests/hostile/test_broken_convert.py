@@ -427,7 +427,7 @@ def in_a_child(log: Path, *arguments: str) -> tuple[int, list[str]]:
 
     def run() -> None:
         faulthandler.disable()  # pytest's: it would print a page
-        with redirect_stderr(log.open("w")):
+        with log.open("w") as file, redirect_stderr(file):
             status = main(list(arguments))
         os._exit(status)
 
