@@ -188,8 +188,9 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
         found = ilsvrc_tars(source, splits, args.val_labels) if kind == "tars" else image_folder(source, splits)
         for split, rows in found.checked().images.items():
             counts = f"{len(rows):,} images of {len({row.label for row in rows}):,} classes"
-            left_out = ", ".join(f"{count:,} of {ending}" for ending, count in found.left_out[split].most_common(5))
-            print(_plain(f"convert: {split}: {counts}; left out: {left_out or 'nothing'}"))
+            without, kinds = found.left_out[split].total(), found.left_out[split].most_common(5)
+            named = f" ({', '.join(f'{count:,} {kind}' for kind, count in kinds)})" if kinds else ""
+            print(_plain(f"convert: {split}: {counts}; left out: {without:,} files{named}"))
         jobs, identity = packs(out, found, args.file_mb or 500)
     options = {"kind": kind, "split": splits, "resize": args.resize, "quality": args.resize and (args.quality or 90)}
     writer = ", ".join(f"{package} {version}" for package, version in versions(writers).items()) or None

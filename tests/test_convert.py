@@ -411,6 +411,7 @@ def test_other_options_or_another_source_are_refused(folder: Path, converted: Pa
         (["{folder}", "{out}", "--resize", "0"], "1 or more"),
         (["{folder}", "{out}", "--workers", "0"], "1 or more"),
         (["{folder}", "{out}", "--quality", "80"], "--quality"),
+        (["{folder}", "{out}", "--resize", "32", "--quality", "101"], "1 to 100"),
         (["{folder}", "{out}", "--val-labels", "x"], "--val-labels"),
         (["{folder}", "{out}", "--split", "test"], "--split"),
         (["{out}/nowhere", "{out}"], "no such folder"),

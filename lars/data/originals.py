@@ -141,6 +141,8 @@ def ilsvrc_tars(folder: Path, splits: list[str], val_labels: Path | None) -> Ori
     train, found, left_out = folder / TARS["train"], {}, {split: Counter() for split in SPLITS}
     tars = _members(train, (".tar",), left_out["train"]) if train.is_file() else []
     nested = {PurePosixPath(row.name).stem: row for row in tars}
+    if len(nested) < len(tars):
+        raise RecipeError(f"{train} holds two tars of one class: fetch it again")
     images = _members(folder / TARS["validation"], _ENDINGS, left_out["validation"]) if "validation" in splits else []
     wnids = _validation_wnids(folder, val_labels, sorted(row.name for row in images)) if images else {}
     classes = sorted(nested or set(wnids.values()))

@@ -105,7 +105,7 @@ def class_in_latin_1(folder: Path) -> None:
 
 def giant(folder: Path) -> None:
     with open(folder / "train/cat/giant.jpg", "wb") as file:
-        file.truncate(3 * 2**30)
+        file.truncate(40 * 2**20)
 
 
 def two_validations(folder: Path) -> None:
@@ -133,10 +133,10 @@ def two_validations(folder: Path) -> None:
         r"caf\udce9: the name is not UTF-8",
     ),
     (
-        "an image of 3 GiB",
+        "an image of 40 MiB",
         "refused before it is read: training reads 32 MiB at most",
         giant,
-        "giant.jpg has 3,221,225,472 bytes",
+        "giant.jpg has 41,943,040 bytes",
     ),
     ("both val/ and validation/", "refused: one of them would be missing", two_validations, "both val and validation"),
     arguments="spoil, words",
@@ -165,8 +165,8 @@ def test_what_is_left_out_is_counted(folder: Path, out: Path, capsys) -> None:
     (folder / "val/loose.jpg").write_bytes(image(1))
     assert main([str(folder), str(out)]) == 0
     said = capsys.readouterr().out
-    assert "train: 7 images of 2 classes; left out: 2 of .txt\n" in said
-    assert "validation: 2 images of 2 classes; left out: 1 of .jpg outside the class folders\n" in said
+    assert "train: 7 images of 2 classes; left out: 2 files (2 .txt)\n" in said
+    assert "validation: 2 images of 2 classes; left out: 1 files (1 .jpg outside the class folders)\n" in said
     assert "train: 7 images in 1 files" in said and ("more.png", 1) in rows(out)["train"]
 
 
@@ -305,7 +305,7 @@ CLASS = {"n01.tar": tar_of(SIX)}
 )
 def test_a_class_tar_that_is_not_whole(inner: bytes, words: str, tmp_path: Path, out: Path, capsys) -> None:
     (tmp_path / TRAIN).write_bytes(tar_of({"n00.tar": tar_of(SIX), "n01.tar": inner, "n02.tar": tar_of(SIX)}))
-    with ended_after(10):
+    with ended_after(5):
         assert words in refusal(capsys, str(tmp_path), str(out), "--split", "train")
     assert not out.exists()
 
@@ -338,6 +338,12 @@ def ended_after(seconds: int) -> Iterator[None]:
         tar(member("n01.tar", CLASS["n01.tar"]), member("x/n01.tar", CLASS["n01.tar"])),
         "holds n01.tar twice",
     ),
+    (
+        "two tars of one class, n01.tar and n01.TAR",
+        "refused: one of them would be missing",
+        tar(member("n01.tar", CLASS["n01.tar"]), member("n01.TAR", CLASS["n01.tar"])),
+        "two tars of one class",
+    ),
     arguments="outer, words",
 )
 def test_an_outer_tar_that_is_not_whole(outer: bytes, words: str, tmp_path: Path, out: Path, capsys) -> None:
@@ -364,7 +370,7 @@ def test_hard_links_in_a_tar_are_images(tmp_path: Path, out: Path, capsys) -> No
     )
     (tmp_path / TRAIN).write_bytes(tar_of({"n01.tar": inner, "checksums.md5": b"x"}))
     assert main([str(tmp_path), str(out), "--split", "train"]) == 0
-    assert "train: 3 images of 1 classes; left out: 1 of .md5, 1 of .txt, 1 of no ending\n" in capsys.readouterr().out
+    assert "train: 3 images of 1 classes; left out: 3 files (1 .md5, 1 .txt, 1 no ending)\n" in capsys.readouterr().out
     images = [row["image"] for row in pq.read_table(out / PARQUET[0]).to_pylist()]
     assert {i["path"]: i["bytes"] for i in images} == {f"n01_{n}.JPEG": image(1) for n in (1, 2, 3)}
 
@@ -716,6 +722,19 @@ def test_other_files_in_a_conversion(words: str, folder: Path, out: Path, capsys
         before = untouched(out)
         assert words in refusal(capsys, str(folder), str(out))
         assert untouched(out) == before
+
+
+@promised(
+    "lars.convert: OUT",
+    ("a file of the conversion that is no whole Parquet file any more, or has names that are not UTF-8", "written again"),
+)
+def test_a_damaged_file_is_written_again(folder: Path, out: Path) -> None:
+    assert main([str(folder), str(out)]) == 0
+    whole = content(out)
+    (out / PARQUET[0]).write_bytes(whole[PARQUET[0]][:-9])
+    (out / PARQUET[1]).write_bytes(whole[PARQUET[1]].replace(b"label", b"lab\xe9l"))
+    assert main([str(folder), str(out)]) == 0
+    assert content(out) == whole
 
 
 @promised("lars.convert: OUT", ("OUT that another process is writing", "refused, and the other one goes on"))
