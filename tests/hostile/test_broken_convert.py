@@ -227,9 +227,9 @@ def flipped(header: bytes) -> bytes:
 
 
 def of_negative_size(header: bytes) -> bytes:
-    """With a size of -1024 in base 256 and a right checksum: who believes it reads the same member for ever."""
+    """With a size of -512 in base 256 and a right checksum: who believes it reads the same member for ever."""
     header = bytearray(header)
-    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
@@ -248,6 +248,7 @@ def sparse() -> bytes:
 
 ONE = member("n01_1.JPEG", image(1))
 CLASS = {"n01.tar": tar_of(SIX)}
+LONE = member("n01.tar", CLASS["n01.tar"])
 
 
 @promised(
@@ -338,6 +339,7 @@ def ended_after(seconds: int) -> Iterator[None]:
         tar(member("n01.tar", CLASS["n01.tar"]), member("x/n01.tar", CLASS["n01.tar"])),
         "holds n01.tar twice",
     ),
+    ("an outer tar that ends between two classes", "refused", tar(LONE)[: 512 + len(LONE[1])], "cut off"),
     (
         "two tars of one class, n01.tar and n01.TAR",
         "refused: one of them would be missing",
