@@ -728,7 +728,7 @@ def test_other_files_in_a_conversion(words: str, folder: Path, out: Path, capsys
 
 @promised(
     "lars.convert: OUT",
-    ("a file of the conversion that is no whole Parquet file any more, or has names that are not UTF-8", "written again"),
+    ("a file of OUT that is no whole Parquet file any more, or has names that are not UTF-8", "written again"),
 )
 def test_a_damaged_file_is_written_again(folder: Path, out: Path) -> None:
     assert main([str(folder), str(out)]) == 0
