@@ -281,7 +281,7 @@ def test_a_copy_over_http_goes_on_where_it_was_killed(server: Server, originals:
     wait_until(lambda: (name, 2 * piece) in server.ranges)
     kill(process.pid, process.join)
     hold.set()
-    (part,) = tmp_path.glob(f".{name}.*.part")
+    (part,) = tmp_path.glob(f".convert/train.{name}.*.part")
     assert part.stat().st_size == 2 * piece
     with part.open("ab") as file:  # as if the kill had come in the middle of a piece
         file.truncate(piece + 12345)
@@ -310,7 +310,8 @@ def test_another_version_at_the_source_is_never_mixed_in(originals: Path, tmp_pa
     assert main([str(folder), str(out)]) == 0
     name = "validation-00000-of-00001.parquet"
     (out / name).unlink()
-    (out / f".{name}.{'0' * 16}.part").write_bytes(b"of an older version")
+    (out / ".convert").mkdir()
+    (out / ".convert" / f"validation.{name}.{'0' * 16}.part").write_bytes(b"of an older version")
     table = pq.read_table(folder / name)
     pq.write_table(table.slice(0, 200), folder / name)
     assert main([str(folder), str(out)]) == 0
@@ -324,7 +325,8 @@ def test_damage_on_the_way_is_found_and_fetched_anew(originals: Path, tmp_path: 
     target = tmp_path / "validation-00000-of-00001.parquet"
     state = json.loads((tmp_path / "convert.json").read_text())["states"][target.name]
     target.unlink()
-    part = target.with_name(f".{target.name}.{hashlib.sha256(state.encode()).hexdigest()[:16]}.part")
+    (tmp_path / ".convert").mkdir()
+    part = tmp_path / ".convert" / f"validation.{target.name}.{hashlib.sha256(state.encode()).hexdigest()[:16]}.part"
     part.write_bytes(bytes(int(state.split()[0])))
     capsys.readouterr()
     assert main([str(originals), str(tmp_path)]) == 1
@@ -349,7 +351,7 @@ def test_resized_images_train_and_have_their_own_fingerprint(tmp_path: Path, cap
     assert main([str(folder), str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     assert main([str(folder), str(tmp_path / "small"), "--resize", "32", "--quality", "80"]) == 0
-    assert "1 of those written now cannot be decoded" in capsys.readouterr().out
+    assert "1 images cannot be decoded and were kept as they are (broken.JPEG)" in capsys.readouterr().err
     assert main([str(tmp_path / "whole"), str(tmp_path / "again"), "--resize", "32", "--quality", "80"]) == 0
     assert content(tmp_path / "small") == content(tmp_path / "again")
     rows = pq.read_table(tmp_path / "small/train-00000-of-00001.parquet")["image"].to_pylist()
@@ -372,7 +374,7 @@ def test_killed_and_restarted_gives_the_same_bytes(folder: Path, tmp_path: Path,
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "lars.convert", str(folder), str(out), *options, "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    wait_until(lambda: len(content(out)) >= 1 and any(out.glob(".*.tmp")))
+    wait_until(lambda: len(content(out)) >= 1 and any(out.glob(".convert/*.tmp")))
     kill(process.pid, process.wait)
     done = {p: p.stat().st_mtime_ns for p in out.glob("*.parquet")}
     assert 0 < len(done) < 4
@@ -409,6 +411,7 @@ def test_other_options_or_another_source_are_refused(folder: Path, converted: Pa
         (["{folder}", "{out}", "--resize", "0"], "1 or more"),
         (["{folder}", "{out}", "--workers", "0"], "1 or more"),
         (["{folder}", "{out}", "--quality", "80"], "--quality"),
+        (["{folder}", "{out}", "--resize", "32", "--quality", "101"], "1 to 100"),
         (["{folder}", "{out}", "--val-labels", "x"], "--val-labels"),
         (["{folder}", "{out}", "--split", "test"], "--split"),
         (["{out}/nowhere", "{out}"], "no such folder"),
