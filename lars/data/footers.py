@@ -122,6 +122,12 @@ def span_of(group: pq.RowGroupMetaData, columns: Sequence[str] | None = None) ->
     return min((start for start, _ in spans), default=0), max((end for _, end in spans), default=0)
 
 
+def has_dictionary(group: pq.RowGroupMetaData, column: str) -> bool:
+    """Whether values of this column may stand in the file once and count often."""
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return any("DICTIONARY" in encoding for chunk in chunks if chunk.path_in_schema == column for encoding in chunk.encodings)
+
+
 def _described(name: str, raw: bytes, size: int, data: Data) -> File | RecipeError:
     try:
         return _describe(name, raw, size, data)

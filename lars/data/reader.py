@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError, one_line
-from lars.data.footers import check_label_range, lacking_labels, parse_footer, span_of
+from lars.data.footers import check_label_range, has_dictionary, lacking_labels, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.source import DataError, Source
 
@@ -205,8 +205,7 @@ class Reader:
         try:
             part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
             column = f"{self.data.image_column}.bytes"
-            # kept as a dictionary where it is one, an image that stands there a thousand times takes its memory once
-            how = {"read_dictionary": [column], "page_checksum_verification": True}
+            how = {"read_dictionary": [column] * has_dictionary(metadata, column), "page_checksum_verification": True}
             table = pq.ParquetFile(part, metadata=self.footers[file], **how).read_row_group(number, [column, self.data.label_column], use_threads=False)
             images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
             labels = table[self.data.label_column]
@@ -232,9 +231,12 @@ class Reader:
 
 
 def _bytes_of(images: pa.ChunkedArray, rows: np.ndarray | None) -> list[bytes | None]:
-    """Some rows of a dictionary column, or all; equal ones are one object."""
+    """Some rows, or all; of a dictionary, so that an image which stands there a thousand times takes its memory once."""
     found: list[bytes | None] = []
-    for chunk in (images if rows is None else images.take(pa.array(rows))).chunks:
+    images = images if rows is None or len(rows) == len(images) else images.take(pa.array(rows))
+    if not pa.types.is_dictionary(images.type):
+        return images.to_pylist()
+    for chunk in images.chunks:
         places = chunk.indices.to_pylist()
         values = {place: chunk.dictionary[place].as_py() for place in set(places) - {None}}
         found += map(values.get, places)

@@ -484,4 +484,4 @@ def test_a_folder_may_be_given_as_an_address(tmp_path: Path) -> None:
 def test_a_local_file_that_ends_early(tmp_path: Path) -> None:
     (tmp_path / "file.bin").write_bytes(b"x" * 100)
     with pytest.raises(DataError, match="file.bin ends 50 bytes before byte 150: it is cut off"):
-        Source(str(tmp_path / "file.bin"), 3600).read(str(tmp_path / "file.bin"), 0, 150)
+        Source(str(tmp_path / "file.bin"), 1).read(str(tmp_path / "file.bin"), 0, 150)
