@@ -145,7 +145,8 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
         group = metadata.row_group(number)
         span, whole = span_of(group, (data.image_column, data.label_column)), span_of(group)
         if not 4 <= whole[0] <= span[0] < span[1] <= whole[1] <= size - 8 - len(raw) or group.num_rows < 0:
-            raise RecipeError(f"{name} is damaged or cut off: row group {number} should lie at bytes {span[0]:,} ... {span[1]:,} of {size:,}")
+            place = f"row group {number} should lie at bytes {span[0]:,} ... {span[1]:,} of {size:,}"
+            raise RecipeError(f"{name} is damaged or cut off: {place}")
         memory, labels = _A_ROW * group.num_rows, None
         for chunk in map(group.column, range(group.num_columns)):
             if chunk.path_in_schema in (data.label_column, f"{data.image_column}.bytes"):
@@ -157,7 +158,7 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
                 labels = int(statistics.min), int(statistics.max)
         groups.append(Group(group.num_rows, span, whole, memory, labels))
     if sum(group.rows for group in groups) != metadata.num_rows:
-        raise RecipeError(f"{name} is damaged: it has {metadata.num_rows:,} rows, its row groups have {sum(g.rows for g in groups):,}")
+        raise RecipeError(f"{name} is damaged: its row groups do not add up to its {metadata.num_rows:,} rows")
     return File(metadata.num_rows, groups)
 
 

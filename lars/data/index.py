@@ -105,7 +105,8 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
         raise RecipeError(str(error)) from None
     for name, state, here, there in zip(names, states, footers, index.footers):
         if here != there:
-            ours, theirs = (f"{describe([name], [f], [state], data)[0].rows:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for f in (here, there))
+            rows = [describe([name], [footer], [state], data)[0].rows for footer in (here, there)]
+            ours, theirs = (f"{n:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for n, f in zip(rows, (here, there)))
             raise RecipeError(f"{name} has {ours}, rank 0's has {theirs}: all nodes need the same data")
     return replace(index, files=names, states=states, root=root)
 
@@ -214,9 +215,11 @@ def _declared(names: Sequence[str], described: Sequence[File]) -> tuple[str, ...
             said = json.loads(beside.read_text())["files"].get(os.path.basename(name)) if beside.is_file() else None
             hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecipeError(f"{beside} is damaged ({one_line(error)}): remove it, or make it again with `python -m lars.convert`") from None
+            remedy = "remove it, or make it again with `python -m lars.convert`"
+            raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
         if len(hashes) != len(file.groups):
-            raise RecipeError(f"{beside} has {len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}: it is of another file")
+            groups = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}"
+            raise RecipeError(f"{beside} has {groups}: it is of another file")
         declared += hashes
     return tuple(declared)
 

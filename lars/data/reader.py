@@ -56,8 +56,8 @@ def check_memory(index: Index) -> None:
     group, share = int(np.argmax(index.memory)), memory_share()
     if index.memory[group] > share:
         raise RecipeError(
-            f"{index.place(group)} takes {index.memory[group] / 2**20:,.0f} MiB of memory, of which a process may have {share / 2**20:,.0f} MiB: "
-            "write smaller row groups (`python -m lars.convert`), or use fewer processes a machine or more memory"
+            f"{index.place(group)} takes {index.memory[group] / 2**20:,.0f} MiB of memory, of which a process may have "
+            f"{share / 2**20:,.0f} MiB: write smaller row groups (`python -m lars.convert`), or use fewer processes a machine"
         )
 
 
@@ -206,15 +206,18 @@ class Reader:
             part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
             column = f"{self.data.image_column}.bytes"
             how = {"read_dictionary": [column] * has_dictionary(metadata, column), "page_checksum_verification": True}
-            table = pq.ParquetFile(part, metadata=self.footers[file], **how).read_row_group(number, [column, self.data.label_column], use_threads=False)
+            parquet = pq.ParquetFile(part, metadata=self.footers[file], **how)
+            table = parquet.read_row_group(number, [column, self.data.label_column], use_threads=False)
             images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
             labels = table[self.data.label_column]
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{self.index.place(group)} cannot be read, the file is damaged: {one_line(error)}") from None
         if len(labels) != self.index.rows[group]:
-            raise DataError(f"{self.index.place(group)} has {len(labels):,} rows, its footer says {self.index.rows[group]:,}: the file is damaged")
+            rows_told = f"has {len(labels):,} rows, its footer says {self.index.rows[group]:,}"
+            raise DataError(f"{self.index.place(group)} {rows_told}: the file is damaged")
         if not self.content.see(group, digest):
-            raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: put the file back, or give this run its own run_dir=...")
+            remedy = "put the file back, or give this run its own run_dir=..."
+            raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
         if labels.null_count:
             raise RecipeError(lacking_labels(name, number, labels.null_count))
         labels = labels.to_numpy()
@@ -224,7 +227,8 @@ class Reader:
     def _check_unchanged(self, file: int) -> None:
         """A local file before each read; a remote one, where asking costs a request, before the first and now and then."""
         name, then = self.index.files[file], self.index.states[file]
-        if file not in self.asked or self.source.local or not self.source.settled(then) and time.monotonic() - self.asked[file] > _ASK_AGAIN:
+        once = file in self.asked and not self.source.local  # asking is only needed again where a read does not tell
+        if not once or not self.source.settled(then) and time.monotonic() - self.asked[file] > _ASK_AGAIN:
             now, self.asked[file] = self.source.state(name), time.monotonic()
             if now != then:
                 raise DataError(f"{name} has changed since the run began (size and version {then} -> {now}): put it back")

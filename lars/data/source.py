@@ -90,7 +90,8 @@ class Source:
                 if hopeless := next((e for e in causes(error) if isinstance(e, DataError)), None):
                     raise DataError(str(hopeless)) from None
                 if _status(error) == 412:
-                    raise DataError(f"{_bare(path)} has changed since the run began: put it back, or give this run its own run_dir=...") from None
+                    remedy = "put it back, or give this run its own run_dir=..."
+                    raise DataError(f"{_bare(path)} has changed since the run began: {remedy}") from None
                 now = time.monotonic()
                 pause = min(max(wait * random.uniform(0.5, 1.5), _retry_after(error)), _LONGEST_WAIT)
                 if now + pause - started > self.retry_seconds or self.local and isinstance(error, FileNotFoundError):
@@ -114,7 +115,8 @@ def _client(silent: float) -> dict[str, Any]:
     async def redirected(session: Any, context: Any, asked: Any) -> None:
         target = asked.url.join(URL(asked.response.headers.get("Location", "")))
         if target.scheme != asked.url.scheme:
-            raise DataError(f"{_bare(str(asked.url))} redirects to another scheme, {_bare(str(target))}: give that as data.path if you trust it")
+            places = f"{_bare(str(asked.url))} redirects to another scheme, {_bare(str(target))}"
+            raise DataError(f"{places}: give that as data.path if you trust it")
         if target.origin() != asked.url.origin():
             for name in {name for name in asked.headers if name.lower() not in _OURS}:
                 asked.headers.popall(name)
@@ -122,7 +124,8 @@ def _client(silent: float) -> dict[str, Any]:
     async def answered(session: Any, context: Any, asked: Any) -> None:
         if "Range" in asked.headers and asked.response.status == 200:
             asked.response.close()  # it may be as large as it likes
-            raise DataError(f"{_bare(str(asked.url))}: the server ignores ranges and sends whole files; copy them into a folder and give that as data.path")
+            remedy = "copy them into a folder and give that as data.path"
+            raise DataError(f"{_bare(str(asked.url))}: the server ignores ranges and sends whole files; {remedy}")
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(redirected)
