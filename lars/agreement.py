@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from lars import portable
 from lars.config import Data, Recipe, RecipeError
+from lars.data.content import content_fingerprint
 from lars.data.index import Index, on_this_node
+from lars.data.reader import check_memory
+from lars.data.source import DataError
 from lars.launched import uses_cpu, uses_deepspeed
 from lars.run import environment, weights_sha256
 
@@ -81,6 +85,12 @@ class Peers:
             return [value]
         values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """Of each number the largest that a process has."""
+        if self.group is not None:
+            dist.all_reduce(torch.from_numpy(values), dist.ReduceOp.MAX, group=self.group)  # in place
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -164,9 +174,43 @@ def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[I
     Raises:
         RecipeError: on all processes; a file is not there, or has other contents than rank 0's.
     """
-    if peers.rank == 0:
-        return peers.together(lambda: indexes)
-    return peers.together(lambda: tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes))
+
+    def here() -> tuple[Index, ...]:
+        found = indexes if peers.rank == 0 else tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes)
+        for index in found:
+            check_memory(index)
+        return found
+
+    return peers.together(here)
+
+
+def same_content(peers: Peers, indexes: tuple[Index, Index], before: Sequence[str] = ()) -> dict[str, str | None]:
+    """Let all processes know which bytes each of them has read; the result's `content_fingerprint`.
+
+    Args:
+        before: what a checkpoint kept, of each split.
+
+    Raises:
+        DataError: on all processes; two of them have read other bytes of the same row group.
+    """
+    nothing = np.iinfo(np.int64).min
+    for index, kept in zip(indexes, before):
+        index.content.recall(kept)
+    for index in indexes:
+        mine = index.content.read()
+        unread = mine[:, :1] == 0
+        most = peers.largest(np.where(unread, nothing, np.stack([mine, ~mine])))  # ~ turns the largest into the smallest
+        high, low = most[0], ~most[1]
+        read = high[:, 0] != nothing
+        for group in np.flatnonzero(read & (high != low).any(1))[:1]:
+            first, *others = [(rank, value) for rank, value in enumerate(peers.gather(mine[group].tolist())) if value[0]]
+            other = next(rank for rank, value in others if value != first[1])
+            raise DataError(
+                f"{index.place(group)} has other bytes for {peers.name(other)} than for {peers.name(first[0])}: all nodes need "
+                "the same data; nothing since the last checkpoint is saved"
+            )
+        index.content.learn(np.where(read[:, None], high, 0))
+    return {"content_fingerprint": content_fingerprint([index.content for index in indexes])}
 
 
 def same_weights(peers: Peers, weights: dict[str, Tensor], step: int) -> str:

@@ -12,6 +12,7 @@ from lars.config import Recipe, RecipeError
 from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
+from lars.data.reader import check_memory
 from lars.engine import build_model, build_optimizer
 from lars.launched import uses_cpu
 from lars.memory import memory_line
@@ -37,6 +38,8 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
             "instead of 3.5 s on an EPYC; runtime.portable=false is quicker"
         )
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
+    for index in (train, val):
+        check_memory(index)
     plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, model := build_model(recipe)[0])
     return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"

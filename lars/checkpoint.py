@@ -44,6 +44,7 @@ class State:
     aliases: dict[str, str] = field(default_factory=dict)  # second name of a tied weight -> the first one
     files: dict[str, str] = field(default_factory=dict)  # file -> SHA-256
     made: dict[str, Any] = field(default_factory=dict)  # `reproducibility` so far, and the numeric `environment`
+    content: list[str] = field(default_factory=list)  # of both splits: hashes of the row groups that were read so far
 
 
 class CheckpointWriter:

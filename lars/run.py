@@ -54,6 +54,7 @@ class RunFolder:
             "weights_sha256": None,
             "samples_hash": None,
             "source_sha256": source_sha256(files),
+            "content_fingerprint": None,
             "commit": commit() if self.writes else None,
             "versions": versions(),
             **facts,

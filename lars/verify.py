@@ -58,6 +58,9 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     claimed, repeated = read_result(run), read_result(again)
     if claimed["data_fingerprint"] != repeated["data_fingerprint"]:
         return False, [f"DIFFERENT DATA: fingerprint {claimed['data_fingerprint'][:12]} -> {repeated['data_fingerprint'][:12]}"]
+    contents = [result.get("content_fingerprint") for result in (claimed, repeated)]
+    if all(contents) and contents[0] != contents[1]:
+        return False, [f"DIFFERENT DATA: other bytes under equal footers, content fingerprint {contents[0][:12]} -> {contents[1][:12]}"]
     steps = min(claimed["steps"], repeated["steps"])
     note = []
     if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:

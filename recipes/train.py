@@ -22,7 +22,7 @@ portable.pin(sys.argv[1:])  # before anything imports torch, which reads its ins
 import torch
 from accelerate.utils import gather, gather_object
 from lars import ShardingError, bind, checkpoint, trackers
-from lars.agreement import Peers, same_data, same_weights, strength
+from lars.agreement import Peers, same_content, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
 from lars.config import Recipe, RecipeError
@@ -61,8 +61,8 @@ class Training:
     def setup(self, checked: tuple[Index, Index, BatchPlan, str] | None) -> bool:
         """Agreement on what rank 0 has `checked`, engine, model, the newest checkpoint; False if the run is finished already."""
         recipe, peers = self.recipe, self.peers
-        train_index, val_index, self.plan, memory = peers.broadcast(checked)
-        self.train_index, self.val_index = same_data(peers, (train_index, val_index), recipe.data)
+        *indexes, self.plan, memory = peers.broadcast(checked)
+        self.train_index, self.val_index = self.indexes = same_data(peers, indexes, recipe.data)
         self.fingerprint, plan = fingerprint(self.train_index, self.val_index), self.plan
         shared = {"the launch file's engine": self.launched.engine, "data fingerprint": self.fingerprint, **config.shared(recipe)}
         peers.agree({**shared, **sources(self.config_file), **versions()})
@@ -93,6 +93,7 @@ class Training:
         self.audit = Audit(self.order, self.step, self.samples_hash)
         facts, why = strength(peers, self.engine, recipe, state)
         facts |= {"world_size": plan.processes, "engine": self.engine.name, "data_fingerprint": self.fingerprint}
+        facts |= same_content(peers, self.indexes, state.content if state else ())
         self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
@@ -202,9 +203,9 @@ class Training:
         if result is None:
             return False
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
-        self.folder.log("eval", step=self.step, epoch=self.epoch, **result)
+        self.folder.log("eval", step=self.step, epoch=(epoch := self.position()["epochs"]), **result)
         self.mllog.evaluation(self.step, time.perf_counter() - started, result["top1"])
-        progress.note(f"epoch {self.epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+        progress.note(f"epoch {epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
         return True
 
     def save(self) -> None:
@@ -212,26 +213,24 @@ class Training:
         self.audit.check(self.step, self.samples_hash)
         weights, momentum = self.engine.weights(), self.engine.momentum()
         self.digest = same_weights(self.peers, weights, self.step)
+        self.folder.result |= same_content(self.peers, self.indexes)
         if self.rank == 0:
             numbers = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation, self.fingerprint)
-            state = checkpoint.State(*numbers, config.trajectory(self.recipe), self.aliases, made=self.folder.made)
+            content = [index.content.kept() for index in self.indexes]
+            state = checkpoint.State(*numbers, config.trajectory(self.recipe), self.aliases, made=self.folder.made, content=content)
             self.writer.save(state, weights, momentum)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         self.seconds, rate = self.seconds + took, self.plan.global_batch / took
         values = {"loss": loss, "lr": lr, "images": self.step * self.plan.global_batch, "images_per_second": round(rate, 1)}
-        self.folder.result.update(self.position())
-        self.folder.log("train", step=self.step, epoch=self.epoch, **values)
+        self.folder.result.update(where := self.position())
+        self.folder.log("train", step=self.step, epoch=where["epochs"], **values)
         if self.plan.ends_hundredth(self.step) and (ratios := self.engine.trust_ratios()):
-            self.folder.log("trust", step=self.step, epoch=self.epoch, ratios=ratios)
+            self.folder.log("trust", step=self.step, epoch=where["epochs"], ratios=ratios)
         progress.step(self.step, loss, lr, rate, waited)
 
     def position(self) -> dict[str, object]:
         return position(self.step, self.plan, self.seconds, self.samples_hash)
-
-    @property
-    def epoch(self) -> float:
-        return round(self.step * self.plan.global_batch / self.plan.samples, 4)
 
     def ended(self, error: str) -> None:
         """The run has failed here: tell the other processes, and the result."""

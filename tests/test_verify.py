@@ -51,6 +51,7 @@ def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: C
         ({"samples_hash": "0" * 16}, "samples_hash differ"),
         ({"top1": 99.0}, "top1 differ"),
         ({"data_fingerprint": "0" * 64}, "DIFFERENT DATA"),
+        ({"content_fingerprint": "0" * 64}, "DIFFERENT DATA: other bytes under equal footers"),
     ],
 )
 def test_one_changed_bit_is_another_run(change: dict, said: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:

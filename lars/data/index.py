@@ -6,7 +6,7 @@ because `reshard()` opens every footer in every process and `.shard(n, i)` costs
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError, one_line
-from lars.data.source import DataError, Source
+from lars.data.content import Content
+from lars.data.footers import File, check_label_range, describe, read_footer
+from lars.data.source import DataError, Source, causes
 
 _AT_ONCE = 16  # footers that are read at the same time
 
@@ -33,12 +33,14 @@ class Index:
     file: np.ndarray  # of each row group
     group_in_file: np.ndarray
     rows: np.ndarray
-    fingerprint: str  # SHA-256 over base names, rows and footers: the content, never the path
+    fingerprint: str  # SHA-256 over base names, rows and footers: the structure, never the path
     spans: np.ndarray | None = None  # int64 (row groups, 2): first byte and end of the image and label columns
     footers: tuple[bytes, ...] = ()  # of each file, as they stand at its end
     states: tuple[str, ...] = ()  # size and version of each file: a file that changes under a run ends it
     classes_per_group: float | None = None  # at most so many on average, from the footers' smallest and largest labels
     root: str = ""  # the folder of local files
+    memory: np.ndarray | None = None  # bytes that the images and labels of each row group take, unpacked
+    declared: tuple[str, ...] = ()  # SHA-256 of each row group's bytes, all columns, if a file beside says so; else ""
 
     @cached_property
     def samples(self) -> int:
@@ -51,7 +53,16 @@ class Index:
 
     @cached_property
     def bytes_per_group(self) -> float:
-        return 0.0 if self.spans is None else float(np.mean(self.spans[:, 1] - self.spans[:, 0]))
+        return 0.0 if self.memory is None else float(np.mean(self.memory))
+
+    @cached_property
+    def content(self) -> Content:
+        """What has been read so far: made once, before the first reader is forked from this process."""
+        return Content(len(self.rows))
+
+    def place(self, group: int) -> str:
+        """A row group, for messages."""
+        return f"row group {int(self.group_in_file[group])} of {self.files[int(self.file[group])]}"
 
     def group_of(self, ids: np.ndarray) -> np.ndarray:
         """The row groups in which these samples stand."""
@@ -84,30 +95,32 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     """
     if not index.root:
         return index
-    root = os.path.abspath(data.place)
+    root = os.path.abspath(_folder(data))
     names = tuple(os.path.join(root, os.path.relpath(name, index.root)) for name in index.files)
     source = Source(names[0], data.retry_seconds)
     try:
         states = tuple(map(source.state, names))
-        footers = tuple(map(partial(_footer, source), names, states)) if verify else index.footers
+        footers = tuple(map(partial(read_footer, source), names, states)) if verify else index.footers
     except DataError as error:
         raise RecipeError(str(error)) from None
-    for name, here, there in zip(names, footers, index.footers):
+    for name, state, here, there in zip(names, states, footers, index.footers):
         if here != there:
-            raise RecipeError(f"{name} has {_content(name, here)}, rank 0's has {_content(name, there)}: all nodes need the same data")
+            rows = [describe([name], [footer], [state], data)[0].rows for footer in (here, there)]
+            ours, theirs = (f"{n:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for n, f in zip(rows, (here, there)))
+            raise RecipeError(f"{name} has {ours}, rank 0's has {theirs}: all nodes need the same data")
     return replace(index, files=names, states=states, root=root)
 
 
-def _content(name: str, footer: bytes) -> str:
-    return f"{parse_footer(name, footer).num_rows:,} rows (footer {hashlib.sha256(footer).hexdigest()[:12]})"
-
-
-def _digest(names: Sequence[str], footers: Sequence[bytes]) -> str:
-    """Over base names, rows and footers: the content as far as footers tell it, never the path."""
+def _digest(names: Sequence[str], footers: Sequence[bytes], described: Sequence[File]) -> str:
+    """Over base names, rows and footers: the structure, never the path."""
     digest = hashlib.sha256()
-    for name, raw in zip(names, footers):
-        digest.update(f"{os.path.basename(name)} {parse_footer(name, raw).num_rows} ".encode() + raw)
+    for name, raw, file in zip(names, footers, described):
+        digest.update(f"{os.path.basename(name)} {file.rows} ".encode() + raw)
     return digest.hexdigest()
+
+
+def _folder(data: Data) -> str:
+    return os.path.expanduser(data.place.removeprefix("file://"))
 
 
 def resolve(data: Data) -> dict[str, list[str]]:
@@ -116,26 +129,33 @@ def resolve(data: Data) -> dict[str, list[str]]:
     Raises:
         RecipeError: there is nothing, or no access to it.
     """
-    import datasets  # two seconds; not needed by anything that only handles an Index
     from huggingface_hub.errors import GatedRepoError
 
-    path = data.place
+    path = _folder(data)
     local, address = os.path.isdir(path), "://" in path
     if address and ("@" in path or "?" in path):  # it would stand in config.yaml and in logs
         raise RecipeError("data.path holds credentials or a signature: leave them to the file system's own environment variables")
+    if path.startswith("hf://datasets/"):  # it would follow the newest commit
+        raise RecipeError(f"data.path={data.path}: give the Hub id alone (owner/name), and a commit or tag as data.revision")
+    if local and os.path.samefile(path, os.sep):
+        raise RecipeError(f"data.path={data.path} is the whole machine: name the folder of the data set")
     if not local and not address and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise RecipeError(f"data.path={data.path}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):
         raise RecipeError(f"data.path={data.path} holds no .parquet file")
     try:
         if address:
-            parts = {split: f"{path.rstrip('/')}/{split}-*.parquet" for split in (data.train_split, data.val_split)}
-            builder = datasets.load_dataset_builder("parquet", data_files=parts)
+            files = Source(path, data.retry_seconds).files
+            parts = {split: files.glob(f"{path.rstrip('/')}/{split}-*.parquet") for split in (data.train_split, data.val_split)}
+            parts = {split: list(map(files.unstrip_protocol, names)) for split, names in parts.items() if names}
         else:
-            builder = datasets.load_dataset_builder(path, revision=data.revision)
+            import datasets  # two seconds; not needed by anything that only handles an Index
+
+            # of a Hub data set, paths that name the commit which is the revision's now
+            parts = datasets.load_dataset_builder(path, revision=data.revision).config.data_files or {}
     except Exception as error:
         raise RecipeError(_explain_access(data.path, error, GatedRepoError)) from None
-    found = {str(split): sorted(map(str, files), key=os.path.basename) for split, files in (builder.config.data_files or {}).items()}
+    found = {str(split): sorted(map(str, files), key=os.path.basename) for split, files in parts.items()}
     for split, names in found.items():
         twice = [name for name, count in Counter(map(os.path.basename, names)).items() if count > 1]
         if twice:
@@ -144,10 +164,7 @@ def resolve(data: Data) -> dict[str, list[str]]:
 
 
 def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
-    chain, cause = [], error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = causes(error)
     if any(isinstance(e, gated) or "is a gated dataset" in str(e) for e in chain):
         return (
             f"data.path={path} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then run "
@@ -155,7 +172,7 @@ def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
         )
     if any(isinstance(e, ConnectionError) for e in chain):
         return f"data.path={path}: no folder of that name here, and the Hub cannot be reached"
-    return f"data.path={path}: {one_line(error)}"
+    return f"data.path={path}: {one_line(next((e for e in chain if isinstance(e, DataError)), error))}"
 
 
 def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int) -> Index:
@@ -165,50 +182,45 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     source = Source(names[0], data.retry_seconds)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         states = tuple(pool.map(source.state, names))
-        footers = _cached(source, names, states) or tuple(pool.map(lambda name, state: _footer(source, name, state), names, states))
+        footers = _cached(source, names, states) or tuple(pool.map(partial(read_footer, source), names, states))
     _keep(source, names, states, footers)
-    file, group_in_file, rows, spans, classes = [], [], [], [], []
-    for number, (name, raw) in enumerate(zip(names, footers)):
-        metadata = parse_footer(name, raw)
-        _check_columns(name, metadata.schema.to_arrow_schema(), data)
-        for group in range(metadata.num_row_groups):
-            rows.append(metadata.row_group(group).num_rows)
-            file.append(number)
-            group_in_file.append(group)
-            span, labels = _columns_of(metadata.row_group(group), data)
-            spans.append(span)
-            if labels:
-                check_label_range(*labels, num_classes, name)
-                classes.append(min(rows[-1], labels[1] - labels[0] + 1))
-    if not sum(rows):
+    described = describe(names, footers, states, data)
+    groups = [(number, place, group) for number, file in enumerate(described) for place, group in enumerate(file.groups)]
+    if not sum(file.rows for file in described):
         raise RecipeError(f"split {split!r} of data.path={data.path} has no rows")
-    known = float(np.mean(classes)) if len(classes) == len(rows) else None
-    path = data.place
-    root = os.path.abspath(path) if os.path.isdir(path) else ""
-    places = np.array(file), np.array(group_in_file), np.array(rows)
-    return Index(tuple(names), *places, _digest(names, footers), np.array(spans), footers, states, known, root)
+    classes = []
+    for number, _, group in groups:
+        if group.labels:
+            check_label_range(*group.labels, num_classes, names[number])
+            classes.append(min(group.rows, group.labels[1] - group.labels[0] + 1))
+    known = float(np.mean(classes)) if len(classes) == len(groups) else None
+    root = os.path.abspath(_folder(data)) if os.path.isdir(_folder(data)) else ""
+    file, group_in_file = (np.array([group[column] for group in groups]) for column in (0, 1))
+    rows, spans, memory = (np.array([getattr(g, what) for *_, g in groups]) for what in ("rows", "span", "memory"))
+    declared = _declared(root, names, described) if root else ()
+    digest = _digest(names, footers, described)
+    return Index(tuple(names), file, group_in_file, rows, digest, spans, footers, states, known, root, memory, declared)
 
 
-def _footer(source: Source, name: str, state: str) -> bytes:
-    """The raw footer: it ends the file, and the last 8 bytes are its length and `PAR1`."""
-    size = int(state.split()[0])
-    tail = source.read(name, max(0, size - 8), size) if size else b""
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or length > size - 12:
-        raise RecipeError(f"{name} is not a Parquet file (or it is cut off)")
-    return source.read(name, size - 8 - length, size - 8)
-
-
-def parse_footer(name: str, raw: bytes) -> pq.FileMetaData:
-    """What a raw footer says.
+def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:
+    """What `content.json` of a folder, as `lars.convert` writes it, says of its files' row groups; "" where it is silent.
 
     Raises:
-        RecipeError: it is damaged.
+        RecipeError: it is no such file, or of other row groups.
     """
-    try:
-        return pq.read_metadata(io.BytesIO(b"PAR1" + raw + len(raw).to_bytes(4, "little") + b"PAR1"))
-    except (pa.ArrowException, OSError) as error:
-        raise RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}") from None
+    declared, beside = [], Path(root) / "content.json"
+    for name, file in zip(names, described):
+        try:
+            said = json.loads(beside.read_text())["files"].get(os.path.relpath(name, root)) if beside.is_file() else None
+            hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            remedy = "remove it, or make it again with `python -m lars.convert`"
+            raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
+        if len(hashes) != len(file.groups):
+            groups = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}"
+            raise RecipeError(f"{beside} has {groups}: it is of another file")
+        declared += hashes
+    return tuple(declared)
 
 
 def _cache_file(names: list[str], states: tuple[str, ...]) -> Path:
@@ -238,37 +250,3 @@ def _keep(source: Source, names: list[str], states: tuple[str, ...], footers: tu
         os.replace(temporary, file)
     except OSError:  # a home that cannot be written costs the next start a few requests
         return
-
-
-def _check_columns(name: str, schema: pa.Schema, data: Data) -> None:
-    for key, column in (("data.image_column", data.image_column), ("data.label_column", data.label_column)):
-        if column not in schema.names:
-            raise RecipeError(f"{name} has no column {key}={column}: it has {', '.join(schema.names)}")
-    image, label = schema.field(data.image_column).type, schema.field(data.label_column).type
-    if not (pa.types.is_struct(image) and any(field.name == "bytes" for field in image)):
-        raise RecipeError(f"{name}: column {data.image_column} is {image}, not an image ({{bytes, path}})")
-    if not pa.types.is_integer(label):
-        raise RecipeError(f"{name}: column {data.label_column} is {label}, not a class number")
-
-
-def _columns_of(group: pq.RowGroupMetaData, data: Data) -> tuple[tuple[int, int], tuple[int, int] | None]:
-    """Where the bytes of a row group's images and labels lie, and its smallest and largest label if the footer tells."""
-    starts, ends, labels = [], [], None
-    for chunk in map(group.column, range(group.num_columns)):
-        name = chunk.path_in_schema.split(".")[0]
-        if name in (data.image_column, data.label_column):
-            start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
-            starts.append(start)
-            ends.append(start + chunk.total_compressed_size)
-        if chunk.path_in_schema == data.label_column and chunk.statistics is not None and chunk.statistics.has_min_max:
-            labels = chunk.statistics.min, chunk.statistics.max
-    return (min(starts), max(ends)), labels
-
-
-def check_label_range(low: int, high: int, num_classes: int, where: str) -> None:
-    """Raise RecipeError unless 0 <= low and high < num_classes."""
-    if low < 0 or high >= num_classes:
-        raise RecipeError(
-            f"{where} has labels {low} ... {high}, but model.num_classes={num_classes}"
-            + (f": use model.num_classes={high + 1} or more" if low >= 0 else " needs labels from 0")
-        )

@@ -1,8 +1,10 @@
 """The encoded samples of one process: each row group is read once, ahead of its use, and gives up each sample as it is taken."""
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError, one_line
-from lars.data.index import Index, check_label_range, parse_footer
+from lars.data.footers import check_label_range, has_dictionary, lacking_labels, parse_footer, span_of
+from lars.data.index import Index
 from lars.data.source import DataError, Source
 
 log = logging.getLogger("lars")
 
 _AT_ONCE = 4  # row groups that are read at the same time
 _SPARE = 64 * 2**20  # bytes that may be read ahead beyond what is needed
+_ASK_AGAIN = 60.0  # seconds after which a remote file's state is asked again, where a read does not tell that it changed
 
 Key = tuple[int, int]  # epoch, row group
 Pass = tuple[np.ndarray, np.ndarray]  # ids, and the epoch of each
@@ -47,12 +51,22 @@ def memory_share() -> int:
     return psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def check_memory(index: Index) -> None:
+    """Raise RecipeError if a row group alone takes more than a process may have."""
+    group, share = int(np.argmax(index.memory)), memory_share()
+    if index.memory[group] > share:
+        raise RecipeError(
+            f"{index.place(group)} takes {index.memory[group] / 2**20:,.0f} MiB of memory, of which a process may have "
+            f"{share / 2**20:,.0f} MiB: write smaller row groups (`python -m lars.convert`), or use fewer processes a machine"
+        )
+
+
 class Reader:
     """Serves passes in their order; `needed` is the number of bytes of row groups that they use at the same time."""
 
     def __init__(self, index: Index, data: Data, num_classes: int, remaining: Callable[[int], np.ndarray], needed: float) -> None:
         """`remaining(epoch)` tells, as bool (samples,), what will be taken in an epoch; nothing else is kept of a row group."""
-        self.index, self.data, self.num_classes = index, data, num_classes
+        self.index, self.data, self.num_classes, self.content = index, data, num_classes, index.content
         self.source: Source | None = None  # connections are made by the process that reads
         self.remaining = remaining
         self.wanted: dict[int, np.ndarray] = {}
@@ -64,7 +78,7 @@ class Reader:
         self.given_up: set[Key] = set()  # dropped for lack of memory before they were used up
         self.warned = False
         self.footers: dict[int, pq.FileMetaData] = {}
-        self.seen_unchanged: set[int] = set()
+        self.asked: dict[int, float] = {}  # file -> when its state was asked for
         self.spare: tuple[int, list[bytes | None], np.ndarray] | None = None
         self.paths: list[str | None] = []  # of its images, as they are called in the data set
         self.reads = 0  # row groups read so far
@@ -117,8 +131,7 @@ class Reader:
         return list(dict.fromkeys(zip(epochs.tolist(), self.index.group_of(ids).tolist())))
 
     def _size(self, key: Key) -> float:
-        low, high = self.index.spans[key[1]]
-        return float(high - low) * float(self._rows_wanted(key).mean())
+        return float(self.index.memory[key[1]]) * float(self._rows_wanted(key).mean())
 
     def _rows_wanted(self, key: Key) -> np.ndarray:
         epoch, group = key
@@ -190,33 +203,62 @@ class Reader:
         file = int(self.index.file[group])
         name, number = self.index.files[file], int(self.index.group_in_file[group])
         self._check_unchanged(file)
-        start, stop = map(int, self.index.spans[group])
-        data = self.source.read(name, start, stop)
         if file not in self.footers:
             self.footers[file] = parse_footer(name, self.index.footers[file])
-        size = int(self.index.states[file].split()[0])
+        metadata, declared = self.footers[file].row_group(number), (self.index.declared or {group: ""})[group]
+        start, stop = map(int, self.index.spans[group])
+        first, last = span_of(metadata) if declared else (start, stop)
+        data = self.source.read(name, first, last, self.index.states[file])
+        if declared and hashlib.sha256(data).hexdigest() != declared:
+            raise DataError(f"{self.index.place(group)} is not what content.json beside it says: the file is damaged, or was replaced")
+        digest = hashlib.sha256(memoryview(data)[start - first : stop - first]).digest()
         try:
-            parquet = pq.ParquetFile(pa.PythonFile(_Part(data, start, size), mode="r"), metadata=self.footers[file])
-            table = parquet.read_row_group(number, columns=[self.data.image_column, self.data.label_column], use_threads=False)
+            part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
+            column = f"{self.data.image_column}.bytes"
+            how = {"read_dictionary": [column] * has_dictionary(metadata, column), "page_checksum_verification": True}
+            parquet = pq.ParquetFile(part, metadata=self.footers[file], **how)
+            names = [f"{self.data.image_column}.path"] * (rows is None)  # asked for an image that is bad
+            table = parquet.read_row_group(number, [column, *names, self.data.label_column], use_threads=False)
             images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
-            labels = table[self.data.label_column].to_numpy()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"row group {number} of {name} cannot be read, the file is damaged: {one_line(error)}") from None
+            labels = table[self.data.label_column]
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{self.index.place(group)} cannot be read, the file is damaged: {one_line(error)}") from None
+        if len(labels) != self.index.rows[group]:
+            rows_told = f"has {len(labels):,} rows, its footer says {self.index.rows[group]:,}"
+            raise DataError(f"{self.index.place(group)} {rows_told}: the file is damaged")
+        if not self.content.see(group, digest):
+            remedy = "put the file back, or give this run its own run_dir=..."
+            raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
+        if labels.null_count:
+            raise RecipeError(lacking_labels(name, number, labels.null_count))
+        labels = labels.to_numpy()
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
         if rows is None:
-            kind = table[self.data.image_column].type
-            parts = table[self.data.image_column].chunks if kind.get_field_index("path") >= 0 else []
+            parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
             self.paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
-        whole = rows is None or len(rows) == len(labels)  # spares a copy
-        return (images if whole else images.take(pa.array(rows))).to_pylist(), labels
+        return _bytes_of(images, rows), labels
 
     def _check_unchanged(self, file: int) -> None:
-        """A local file before each read, a remote one before the first: asking costs a request there."""
-        if self.source.local or file not in self.seen_unchanged:
-            now, then = self.source.state(self.index.files[file]), self.index.states[file]
+        """A local file before each read; a remote one, where asking costs a request, before the first and now and then."""
+        name, then = self.index.files[file], self.index.states[file]
+        once = file in self.asked and not self.source.local  # asking is only needed again where a read does not tell
+        if not once or not self.source.settled(then) and time.monotonic() - self.asked[file] > _ASK_AGAIN:
+            now, self.asked[file] = self.source.state(name), time.monotonic()
             if now != then:
-                raise DataError(f"{self.index.files[file]} has changed since the run began (size and version {then} -> {now}): put it back")
-            self.seen_unchanged.add(file)
+                raise DataError(f"{name} has changed since the run began (size and version {then} -> {now}): put it back")
+
+
+def _bytes_of(images: pa.ChunkedArray, rows: np.ndarray | None) -> list[bytes | None]:
+    """Some rows, or all; of a dictionary, so that an image which stands there a thousand times takes its memory once."""
+    found: list[bytes | None] = []
+    images = images if rows is None or len(rows) == len(images) else images.take(pa.array(rows))
+    if not pa.types.is_dictionary(images.type):
+        return images.to_pylist()
+    for chunk in images.chunks:
+        places = chunk.indices.to_pylist()
+        values = {place: chunk.dictionary[place].as_py() for place in set(places) - {None}}
+        found += map(values.get, places)
+    return found
 
 
 class _Part:

@@ -10,10 +10,12 @@ import math
 import random
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.config import conf
 
 from lars.refusal import hidden
 
@@ -21,6 +23,7 @@ log = logging.getLogger("lars")
 T = TypeVar("T")
 
 _VERSION_KEYS = ("blob_id", "ETag", "etag", "Last-Modified", "LastModified", "mtime")  # of fsspec's file systems
+_OURS = {"range", "if-match", "accept", "accept-encoding", "user-agent"}  # headers that any server may see
 _FIRST_WAIT, _LONGEST_WAIT, _BETWEEN_WARNINGS = 0.5, 30.0, 10.0  # seconds
 
 
@@ -60,11 +63,10 @@ class Source:
     def __init__(self, example: str, retry_seconds: float) -> None:
         self.retry_seconds, self.warned = retry_seconds, 0.0
         options: dict[str, Any] = {"skip_instance_cache": True}  # no connection is shared with the process that forked this one
-        if example.startswith(("http://", "https://")):
-            import aiohttp
-
-            silent = min(30.0, retry_seconds / 4)  # aiohttp's own limit is five minutes for the whole answer
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=silent, sock_read=silent)}
+        self.http = example.startswith(("http://", "https://"))
+        self.at_commit = example.startswith("hf://datasets/") and "@" in example  # what `datasets` gives for a Hub id
+        if self.http:
+            options["client_kwargs"] = _client(min(30.0, retry_seconds / 4))
         self.files, _ = fsspec.url_to_fs(example, **options)
         self.local = "file" in (self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,))
 
@@ -72,22 +74,36 @@ class Source:
         """Size and version (time of change, ETag) of a file; it is another one after any change."""
         return self._patiently(path, lambda: self._state(path))
 
-    def read(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file.
+    def settled(self, state: str) -> bool:
+        """Whether a read can only give the file of this state: its state need not be asked for again."""
+        return self.at_commit or bool(self._condition(state))
+
+    def read(self, path: str, start: int, stop: int, state: str = "") -> bytes:
+        """Bytes [start, stop) of a file; of the file of this state where the server can tell.
 
         Raises:
-            DataError: they cannot be had within `retry_seconds`.
+            DataError: they cannot be had within `retry_seconds`, or never.
         """
+        how = {"headers": {**self.files.kwargs.get("headers", {}), "If-Match": etag}} if (etag := self._condition(state)) else {}
 
         def once() -> bytes:
-            data = self.files.cat_file(path, start=start, end=stop)
+            data = self.files.cat_file(path, start=start, end=stop, **how)
+            if len(data) < stop - start and self.local:
+                raise DataError(f"{path} ends {stop - start - len(data):,} bytes before byte {stop:,}: it is cut off")
             if len(data) != stop - start:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             return data
 
         return self._patiently(path, once)
 
+    def _condition(self, state: str) -> str:
+        """A strong ETag. It goes into If-Match: where If-Range does not hold, a server sends the whole file instead."""
+        version = state.partition(" ")[2]
+        return version if self.http and version.startswith('"') else ""
+
     def _state(self, path: str) -> str:
+        if not self.at_commit:
+            self.files.invalidate_cache()  # of listings
         info = self.files.info(path)
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
         if info.get("size") is None:
@@ -100,6 +116,11 @@ class Source:
             try:
                 return action()
             except Exception as error:  # each file system has classes of its own for the same trouble
+                if hopeless := next((e for e in causes(error) if isinstance(e, DataError)), None):
+                    raise DataError(str(hopeless)) from None
+                if _status(error) == 412:
+                    remedy = "put it back, or give this run its own run_dir=..."
+                    raise DataError(f"{_bare(path)} has changed since the run began: {remedy}") from None
                 now = time.monotonic()
                 pause = min(max(wait * random.uniform(0.5, 1.5), _retry_after(error)), _LONGEST_WAIT)
                 if now + pause - started > self.retry_seconds or self.local and isinstance(error, FileNotFoundError):
@@ -111,9 +132,56 @@ class Source:
                 wait *= 2
 
 
+def _client(silent: float) -> dict[str, Any]:
+    """How HTTP is spoken: what the user configured for fsspec, `silent` seconds at most without a byte, and two refusals.
+
+    aiohttp follows redirects from https to http, and takes along all credentials but the Authorization and Cookie headers
+    of a request: cookies and `auth` of the session, and headers as X-Api-Key. So they are all made headers, and dropped.
+    """
+    import aiohttp
+    from yarl import URL
+
+    async def redirected(session: Any, context: Any, asked: Any) -> None:
+        target = asked.url.join(URL(asked.response.headers.get("Location", "")))
+        if target.scheme != asked.url.scheme:
+            places = f"{_bare(str(asked.url))} redirects to another scheme, {_bare(str(target))}"
+            raise DataError(f"{places}: give that as data.path if you trust it")
+        if target.origin() != asked.url.origin():
+            for name in {name for name in asked.headers if name.lower() not in _OURS}:
+                asked.headers.popall(name)
+
+    async def answered(session: Any, context: Any, asked: Any) -> None:
+        if "Range" in asked.headers and asked.response.status == 200:
+            asked.response.close()  # it may be as large as it likes
+            remedy = "copy them into a folder and give that as data.path"
+            raise DataError(f"{_bare(str(asked.url))}: the server ignores ranges and sends whole files; {remedy}")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(redirected)
+    trace.on_request_end.append(answered)
+    client = dict({**conf.get("http", {}), **conf.get("https", {})}.get("client_kwargs", {}))
+    headers = dict(client.pop("headers", {}))
+    if cookies := client.pop("cookies", None):
+        headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
+    if auth := client.pop("auth", None):
+        headers["Authorization"] = f"Basic {b64encode(':'.join(auth).encode()).decode()}"
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=silent, sock_read=silent)  # aiohttp's own is five minutes for an answer
+    return {**client, "headers": headers, "timeout": timeout, "trace_configs": [trace]}
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and what it came from."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp or of the Hub's client."""
-    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    statuses = (getattr(e, "status", None) or getattr(getattr(e, "response", None), "status_code", None) for e in causes(error))
+    return next(filter(None, statuses), None)
 
 
 def _retry_after(error: BaseException) -> float:

@@ -1,4 +1,4 @@
-"""A real HTTP server of a folder, with ranges and ETags, that misbehaves as it is told."""
+"""A real HTTP server of a folder, with ranges, ETags and If-Match, that misbehaves as it is told."""
 from __future__ import annotations
 
 import email.utils
@@ -18,8 +18,19 @@ Fault = str | None
 
 
 @contextmanager
-def serve(folder: Path, fault: Callable[[str, int], Fault] = lambda path, number: None) -> Iterator[tuple[str, list[tuple[str, Fault]]]]:
-    """(address, log of (path, fault)); `fault` is asked with the path and the number of each request for a part of a file."""
+def serve(
+    folder: Path,
+    fault: Callable[[str, int], Fault] = lambda path, number: None,
+    etag: str = "strong",
+    ranges: bool = True,
+    redirect: Callable[[str], str | None] = lambda path: None,
+    heard: list[dict[str, str]] | None = None,
+) -> Iterator[tuple[str, list[tuple[str, Fault]]]]:
+    """(address, log of (path, fault)); `fault` is asked with the path and the number of each request for a part of a file.
+
+    `etag` is "strong", "weak" or "none"; without `ranges` every answer is a whole file; `redirect` tells where a path is
+    instead, if anywhere; `heard` is given the headers of each request.
+    """
     log: list[tuple[str, Fault]] = []
     lock = threading.Lock()
 
@@ -33,6 +44,10 @@ def serve(folder: Path, fault: Callable[[str, int], Fault] = lambda path, number
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
+            if heard is not None:
+                heard.append({"method": self.command, **self.headers})
+            if place := redirect(self.path):
+                return self.reply(302, b"", body, {"Location": place})
             file = folder / self.path.lstrip("/").split("?")[0]
             if file.is_dir():
                 links = "".join(f'<a href="{name}">{name}</a>' for name in sorted(os.listdir(file)))
@@ -51,10 +66,13 @@ def serve(folder: Path, fault: Callable[[str, int], Fault] = lambda path, number
             if not file.is_file():
                 return self.reply(404, b"", body, {})
             content, state = file.read_bytes(), file.stat()
-            etag = hashlib.sha256(f"{state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
-            headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Last-Modified": email.utils.formatdate(state.st_mtime, usegmt=True)}
+            version = hashlib.sha256(f"{state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
+            tags = {"strong": {"ETag": f'"{version}"'}, "weak": {"ETag": f'W/"{version}"'}, "none": {}}[etag]
+            headers = {**tags, "Accept-Ranges": "bytes", "Last-Modified": email.utils.formatdate(state.st_mtime, usegmt=True)}
+            if self.headers.get("If-Match", f'"{version}"') != f'"{version}"':
+                return self.reply(412, b"", body, {})
             status = 200
-            if "Range" in self.headers:
+            if "Range" in self.headers and ranges:
                 start, stop = self.headers["Range"].removeprefix("bytes=").split("-")
                 status, size = 206, len(content)
                 headers["Content-Range"] = f"bytes {start}-{stop}/{size}"
