@@ -222,23 +222,15 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """{"model.name": ..., "global_batch": ...}; lists and `model.kwargs` are values, not further levels."""
-    return _flat(OmegaConf.to_container(OmegaConf.structured(recipe)))
+    return one_level(OmegaConf.to_container(OmegaConf.structured(recipe)))
 
 
-def flatten_run(run: Path) -> dict[str, Any]:
-    """The same of a run folder's `config.yaml`, with the keys that it has, whatever version wrote it; {} where there is none.
-
-    Raises:
-        RecipeError: the file is damaged.
-    """
-    file = run / "config.yaml"
-    try:
-        written = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    except Exception as error:  # as in `load`
-        raise RecipeError(f"{file} is damaged: {one_line(error)}") from None
-    if not isinstance(written, DictConfig):
-        raise RecipeError(f"{file} is damaged: its top level must be `key: value` lines")
-    return _flat(OmegaConf.to_container(written))
+def one_level(nested: dict[str, Any]) -> dict[str, Any]:
+    """{"model.name": ...} of {"model": {"name": ...}}; what lies deeper is a value."""
+    flat = {}
+    for key, value in nested.items():
+        flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
 
 
 def trajectory(recipe: Recipe) -> dict[str, Any]:
@@ -269,16 +261,6 @@ def import_model_file(folder: Path) -> None:
         _running.append(file)
         spec.loader.exec_module(sys.modules[spec.name])
         _running.pop()
-
-
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
-        else:
-            flat[key] = value
-    return flat
 
 
 def _override(item: str) -> DictConfig:
