@@ -109,7 +109,7 @@ class CheckpointWriter:
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
             (temporary / "state.sha256").write_text(_sha256(temporary / "state.json") + "\n")
             for file in temporary.iterdir():
-                shutil.copymode(temporary / "state.json", file)  # safetensors lets nobody else read its files, whatever the umask
+                shutil.copymode(temporary / "state.json", file)  # safetensors' own mode is 0600, whatever the umask
                 _sync(file)
             _sync(temporary)
             self.may_write()
@@ -155,7 +155,8 @@ class CheckpointWriter:
         why = _damage(target)
         for name, tensors in zip(_FILES, written) if not why else ():
             found = load_file(target / name)
-            if found.keys() != tensors.keys() or not all(torch.equal(_bits(found[key]), _bits(t)) for key, t in tensors.items()):
+            same = (torch.equal(_bits(found[key]), _bits(tensor)) for key, tensor in tensors.items())
+            if found.keys() != tensors.keys() or not all(same):
                 why = f"{name} holds other tensors"
         if why:
             self._put_aside(target)
@@ -206,7 +207,8 @@ def _damage(checkpoint: Path) -> str:
             return "state.sha256 is gone"
         if written is not None and written.decode().strip() != _sha256(checkpoint / "state.json"):
             return "state.json is not what was written"
-        return next((f"{name} is not what was written" for name, digest in state.files.items() if _sha256(checkpoint / name) != digest), "")
+        other = [name for name, digest in state.files.items() if _sha256(checkpoint / name) != digest]
+        return f"{other[0]} is not what was written" if other else ""
     except (OSError, ValueError) as error:
         return str(error)
 
@@ -228,7 +230,8 @@ def _state(checkpoint: Path) -> State:
         raise ValueError(f"state.json is of step {state.step}")
     if set(state.files) != set(_FILES):
         raise ValueError(f"state.json does not list {' and '.join(_FILES)}")
-    if set(state.evaluation) not in (set(), {"step", "top1", "top5"}) or not isinstance(state.made.get("environment", {}), dict):
+    whole = set(state.evaluation) in (set(), {"step", "top1", "top5"})
+    if not whole or not isinstance(state.made.get("environment", {}), dict):
         raise ValueError("state.json: evaluation or made is not what a run writes")
     return state
 

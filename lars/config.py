@@ -229,7 +229,10 @@ def one_level(nested: dict[str, Any]) -> dict[str, Any]:
     """{"model.name": ...} of {"model": {"name": ...}}; what lies deeper is a value."""
     flat = {}
     for key, value in nested.items():
-        flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()} if isinstance(value, dict) else {key: value})
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
+        else:
+            flat[key] = value
     return flat
 
 

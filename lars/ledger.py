@@ -26,7 +26,8 @@ def complaint(run: Path) -> str | None:
         return "it has no result.json"
     if result.get("status") != "finished" and not diverged(result):
         return f"it is {result.get('status')}, not finished"
-    if lacking := [key for key in ("steps", "versions", "environment", "data_fingerprint", "source_sha256") if result.get(key) in (None, "", {})]:
+    needed = ("steps", "versions", "environment", "data_fingerprint", "source_sha256")
+    if lacking := [key for key in needed if result.get(key) in (None, "", {})]:
         return f"result.json lacks {', '.join(lacking)}"
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl", "train")]
     if len(steps) != result["steps"] or steps != list(range(1, len(steps) + 1)):

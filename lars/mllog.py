@@ -30,7 +30,7 @@ TARGET = 75.9  # per cent, top-1
 EVALUATE_EVERY = 4  # epochs
 _IMAGENET = (1_281_167, 50_000)
 _TOKEN = ":::MLLOG "
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # what a mangled event raises
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a mangled event
 
 
 def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
@@ -156,7 +156,8 @@ def seconds_to_target(run: Path) -> float | None:
     file = run / "mllog.txt"
     lines = (read_bytes(file) or b"").splitlines(keepends=True)
     try:
-        events = [json.loads(line.removeprefix(_TOKEN.encode())) for line in lines if line.endswith(b"\n")]  # a crash may have cut the last
+        whole = [line for line in lines if line.endswith(b"\n")]  # a crash may have cut the last
+        events = [json.loads(line.removeprefix(_TOKEN.encode())) for line in whole]
         times = {event["key"]: float(event["time_ms"]) for event in events}
         reached = any(event["key"] == "run_stop" and event["metadata"]["status"] == "success" for event in events)
         return (times["run_stop"] - times["run_start"]) / 1000 if reached else None

@@ -1,7 +1,7 @@
 """A run folder read as data: it may be damaged, or a stranger's.
 
-Nothing in it is executed, no `${...}` in it is resolved, no link is followed, no pipe waited for, and no file is read that
-is larger than a run writes. What is not of the kind that a run writes is one line that names the file.
+Nothing in it is executed, no `${...}` in it is resolved, no link is followed, no pipe waited for, and no file is read
+that is larger than a run writes. What is not of the kind that a run writes is one line that names the file.
 """
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from lars.config import RecipeError, one_level, one_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"  # this repository's; an installed library has none
 _MOST_LINES = 1 << 28  # bytes of metrics.jsonl: three times those of 450,000 steps
-_MOST_RESULT, _MOST_YAML = 1 << 20, 1 << 16
+_MOST_RESULT, _MOST_YAML = 1 << 20, 1 << 14
+_MOST_BRACKETS = 200  # PyYAML's time grows with the square of their depth: 10,000 take minutes
 _LARGEST = 3.5e38  # above any number of float32
 
 _RESULT = {
-    "text": ("recipe", "status", "engine", "reproducibility", "weights_sha256", "samples_hash", "source_sha256", "data_fingerprint", "commit"),
+    "text": (
+        *("recipe", "status", "engine", "reproducibility", "commit"),
+        *("weights_sha256", "samples_hash", "source_sha256", "data_fingerprint"),
+    ),
     "a count": ("steps", "images", "world_size"),
     "a number": ("epochs", "seconds", "images_per_second", "heartbeat"),
     "a percentage": ("top1", "top5"),
@@ -86,11 +90,14 @@ def read_object(file: Path) -> dict[str, Any]:
             raise ValueError("no JSON object")
         return found
     except (ValueError, RecursionError) as error:  # not JSON, or not even text
-        raise RecipeError(f"{file} is damaged ({one_line(error)}): remove it, the run resumes from its checkpoint") from None
+        why = f"{file} is damaged ({one_line(error)})"
+        raise RecipeError(f"{why}: remove it, the run resumes from its checkpoint") from None
 
 
 def read_result(run: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """`result.json` of a run folder, or {} where there is none. A key that is there is of the kind that a run writes, or null.
+    """`result.json` of a run folder, or {} where there is none.
+
+    A key that is there has the type that a run writes, or is null.
 
     Raises:
         RecipeError: the file is damaged, or lacks one of the keys that are `needed`.
@@ -134,7 +141,7 @@ def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """`config.yaml` of a run as it is written there, with the keys that it has, whatever version wrote it; {} where there is none.
+    """`config.yaml` of a run with the keys that it has, whatever version wrote it; {} where there is none.
 
     Raises:
         RecipeError: the file is damaged.
@@ -143,6 +150,8 @@ def read_config(run: Path) -> dict[str, Any]:
     if (content := read_bytes(file, _MOST_YAML)) is None:
         return {}
     try:
+        if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
+            raise ValueError(f"it has more than {_MOST_BRACKETS} brackets")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
             raise ValueError("it has an alias, and a few of those hold more than any memory")
         written = _plain(yaml.safe_load(content))
@@ -159,7 +168,7 @@ def flatten_run(run: Path) -> dict[str, Any]:
 
 
 def is_name(text: Any) -> bool:
-    """Whether a text can be a recipe's name, as in demo/alexnet: it leads nowhere out of the folder that it is looked up in."""
+    """Whether a text can be a recipe's name, as in demo/alexnet: it does not lead out of the folder it is looked up in."""
     return isinstance(text, str) and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", text))
 
 
@@ -168,7 +177,8 @@ def _wrong(line: Any) -> str:
     if not isinstance(line, dict):
         return "no JSON object"
     kinds = _LINES.get(kind, {}) if isinstance(kind := line.get("kind"), str) else {}
-    return next((f"{key} is {_short(line.get(key))}, not {what}" for key, what in kinds.items() if not _is(what, line.get(key))), "")
+    wrong = [(key, what) for key, what in kinds.items() if not _is(what, line.get(key))]
+    return f"{wrong[0][0]} is {_short(line.get(wrong[0][0]))}, not {wrong[0][1]}" if wrong else ""
 
 
 def _is(kind: str, value: Any) -> bool:
@@ -177,7 +187,7 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "an object":
         return isinstance(value, dict)
     if kind == "numbers":
-        return isinstance(value, dict) and len(value) <= 10_000 and all(_is("a number", number) for number in value.values())
+        return isinstance(value, dict) and len(value) <= 10_000 and all(_is("a number", x) for x in value.values())
     if isinstance(value, bool) or not isinstance(value, int if kind == "a count" else (int, float)):
         return False
     if kind == "a number":  # what is not finite is one too: a loss can be
@@ -186,7 +196,7 @@ def _is(kind: str, value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The same of null, bool, numbers, lists, dicts and text without signs that command a terminal or turn a line around.
+    """The same in null, bool, numbers, lists, dicts and text, without signs that command a terminal or turn a line.
 
     Raises:
         ValueError: a key is not text.

@@ -33,8 +33,10 @@ _T_995 = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499, 9: 3.355, 
 
 def committed_results(recipe_name: str) -> list[dict]:
     """`result.json` of every committed seed of a recipe named <model>/<what>; none of what cannot be such a name."""
+    if not is_name(recipe_name):
+        return []
     model, _, what = recipe_name.partition("/")
-    return [read_result(folder) for folder in sorted((RECIPES / model / "results" / what).glob("seed-*"))] if is_name(recipe_name) else []
+    return [read_result(folder) for folder in sorted((RECIPES / model / "results" / what).glob("seed-*"))]
 
 
 def committed_top1(recipe_name: str) -> list[float]:
@@ -134,7 +136,7 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     sources = {v.row["recipe"]: v.source for v in verdicts if v.source}
     notes = [f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in sources.items()]
     if not RECIPES.is_dir():
-        notes.append(f"nothing is expected of these runs: there is no {RECIPES} beside this library; install it from a clone with pip install -e .")
+        notes.append(f"nothing is expected of these runs, since there is no {RECIPES}: use the library of a clone")
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     if picture:
@@ -147,8 +149,9 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
 
 def draw(runs: list[Path], picture: Path) -> None:
     """A PNG of loss, rate and accuracy over epochs, one line a run; runs that differ in nothing but the seed share a colour."""
+    content = curves(grouped(runs), stacked=False)  # before anything is written: a file of a run may be damaged
     picture.parent.mkdir(parents=True, exist_ok=True)
-    put(picture, curves(grouped(runs), stacked=False))
+    put(picture, content)
 
 
 def main() -> int:
@@ -162,7 +165,7 @@ def main() -> int:
             raise RecipeError(f"--picture {args.picture} must end in .png")
         for run in args.runs:
             if not any((run / name).exists() for name in ("result.json", "config.yaml", "metrics.jsonl", "lock")):
-                raise RecipeError(f"{run} is no run folder: give one that train.py has written, as in runs/demo/alexnet/seed-0")
+                raise RecipeError(f"{run} is no run folder: give as in runs/demo/alexnet/seed-0")
         mixed = len({run.is_absolute() for run in args.runs}) > 1
         shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
         picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"

@@ -97,8 +97,8 @@ def _read(found: Found, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         odd = one_line(error)
     if odd:
         raise RecipeError(
-            f"{found.path} was altered: its hashes are right, but it does not fit the model ({odd}). Remove it to go on from the one "
-            "before, or give this run its own run_dir=..."
+            f"{found.path} was altered: its hashes are right, but it does not fit the model ({odd}). Remove it to go on from "
+            "the one before, or give this run its own run_dir=..."
         )
     return tensors
 
@@ -120,7 +120,7 @@ def _misfit(state: checkpoint.State, weights: dict[str, Tensor], momentum: dict[
 
 
 def finished(
-    peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, last_step: int, sources: dict[str, str]
+    peers: Peers, recipe: Recipe, data_fingerprint: str, last_step: int, sources: dict[str, str]
 ) -> str | None:
     """What to say if a node holds this run's end, so that nobody trains it again; decided once, for all.
 
@@ -130,6 +130,8 @@ def finished(
     Raises:
         RecipeError: the folder holds the end of another run, or its `result.json` is damaged.
     """
+
+    run = Path(recipe.run_dir)
 
     def look() -> tuple[int, str] | None:
         before = read_result(run) if peers.leads_node else {}
@@ -143,7 +145,7 @@ def finished(
         told = f"already finished after {steps} steps, see {recipe.run_dir}/result.json"
         if changed:
             names = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
-            told += f"; warning: other sources made it, these have changed since: {names}. Another run_dir=... trains it anew"
+            told += f"; other sources made it, these have changed since: {names}. Another run_dir=... trains it anew"
         return (steps, told) if steps >= last_step else None
 
     return max(filter(None, peers.gather(peers.together(look))), default=(0, None))[1]

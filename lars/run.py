@@ -21,7 +21,7 @@ from lars import portable
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, model_files
 from lars.lock import LockLost, RunLock
-from lars.reading import diverged, read_bytes, read_lines, read_object, read_result  # noqa: F401 - scripts find them here
+from lars.reading import diverged, read_bytes, read_lines, read_object, read_result  # noqa: F401 - for scripts, too
 
 log = logging.getLogger(__name__)
 

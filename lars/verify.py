@@ -1,9 +1,9 @@
 """`python -m lars.verify RUN [--steps N] [key=value ...]`: train a run again and say whether it is the same run.
 
-RUN is a run folder, or a committed result by its name, as in demo/alexnet/seed-0: `config.yaml` (recipe and runtime keys),
-`metrics.jsonl`, `result.json`. It may be a stranger's: code, recipe and data are those of this repository (`--recipe`,
-`--data`), and of RUN only numbers and plain words are taken, which are printed. With `--steps` only a prefix is trained.
-Three answers:
+RUN is a run folder, or a committed result by its name, as in demo/alexnet/seed-0: `config.yaml` (recipe and runtime
+keys), `metrics.jsonl`, `result.json`. It may be a stranger's: code, recipe and data are those of this repository
+(`--recipe`, `--data`), and of RUN only numbers and plain words are taken, which are printed. With `--steps` only a
+prefix is trained. Three answers:
 
 - SAME RUN: every loss, evaluation and hash has the same bits.
 - DIFFERENT RUN, exit status 1: the numeric environments match and the bits do not; the first step that differs is named.
@@ -56,8 +56,8 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
         if value != written:
             if not _is_harmless(value):
                 raise RecipeError(
-                    f"{run / 'config.yaml'}: {key} is not taken from a run folder, since it could name a file, an address or a "
-                    f"variable ({str(value)[:60]!r}): give your copy of its recipe with --recipe"
+                    f"{run / 'config.yaml'}: {key} is not taken from a run folder, since it could name a file, an address "
+                    f"or a variable ({str(value)[:60]!r}): give your copy of its recipe with --recipe"
                 )
             overrides.append(f"{key}={json.dumps(value)}")
     return overrides
@@ -66,7 +66,8 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
 def _is_harmless(value: Any) -> bool:
     """Numbers and plain words; of the arguments of a model none by which timm loads weights."""
     if isinstance(value, dict):
-        return all(re.fullmatch(r"(?!pretrained|checkpoint|cache)[A-Za-z]\w*", key) and _is_harmless(inner) for key, inner in value.items())
+        names = all(re.fullmatch(r"(?!pretrained|checkpoint|cache)[A-Za-z]\w*", key) for key in value)
+        return names and all(map(_is_harmless, value.values()))
     if isinstance(value, list):
         return all(map(_is_harmless, value))
     return not isinstance(value, str) or bool(re.fullmatch(r"[\w-][\w.-]*", value))
@@ -83,7 +84,7 @@ def _recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
     """This repository's recipe of the name that the run gives."""
     file = RECIPES / f"{claimed['recipe']}.yaml"
     if not is_name(claimed["recipe"]) or not file.is_file():
-        raise RecipeError(f"{run} is of the recipe {claimed['recipe']!r}, which is none of {RECIPES}: give your copy of it with --recipe")
+        raise RecipeError(f"{run} is of the recipe {claimed['recipe']!r}, none of {RECIPES}: give your copy of it with --recipe")
     return Path(os.path.relpath(file))
 
 
@@ -149,8 +150,9 @@ def _environment(run: Path, again: Path) -> list[tuple[str, Any, Any]]:
     ignored |= {"device", "cpu_flags"} if promises == ("portable", "portable") else set()
     keys = sorted(repeated["environment"].keys() - ignored)
     rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in keys]
-    there, here = ({f"runtime.{k}": v for k, v in vars(Runtime()).items()} | flatten_run(folder) for folder in (run, again))
-    rows += [(k, there[k], here[k]) for k in here if k.startswith("runtime.") and k in there and k != "runtime.hang_seconds"]
+    neutral = {f"runtime.{key}": value for key, value in vars(Runtime()).items()}
+    there, here = (neutral | flatten_run(folder) for folder in (run, again))
+    rows += [(key, there[key], here[key]) for key in neutral if key != "runtime.hang_seconds"]
     if "numeric" not in promises:
         return [*rows, ("reproducibility", *promises)]
     return rows + [("reproducibility", promise, "bitwise") for promise in promises if promise == "numeric"]
@@ -180,17 +182,20 @@ def main(arguments: list[str] | None = None) -> int:
         if not claimed.get("steps"):
             raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
         claimed = read_result(run, _COMPARED)
+        read_lines(run / "metrics.jsonl")  # damage is told before hours of training
         recipe = args.recipe or _recipe_of(run, claimed)
         taken = overrides_of(run, recipe)
         keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
         here = config.load(recipe, keys)
-        print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {' '.join(taken) or 'nothing'}", flush=True)
+        print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {' '.join(taken) or 'nothing'}")
         place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
         file = launch_file(args.launch)
         steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
         processes = processes_of(file, args.nproc)
         again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
-        good, lines = compare(run, again) if well else (False, [f"FAIL: {again} did not end well, see above; start again to resume it"])
+        good, lines = False, [f"FAIL: {again} did not end well, see above; start again to resume it"]
+        if well:
+            good, lines = compare(run, again)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -77,7 +77,7 @@ class Training:
         if state:
             self.step, self.samples_hash, self.bad_images = state.step, state.samples_hash, state.bad_images
             self.seconds, self.evaluation = state.seconds, state.evaluation
-        if end := finished(peers, self.folder.path, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
+        if end := finished(peers, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
             self.say(end)
             return False
         self.engine.prepare(self.model, ghosts)
