@@ -624,7 +624,6 @@ def beside(file: Path) -> None:
     ("weights that are a link to other weights", PASSED_OVER, lambda place: beside(place / MODEL)),
     ("weights that are a pipe that nobody writes to", PASSED_OVER, replace(MODEL, os.mkfifo)),
     ("momentum that is a folder", PASSED_OVER, replace(MOMENTUM, Path.mkdir)),
-    ("a folder called step-none", "taken for no checkpoint", lambda place: (place.rename(place.with_name("step-none")))),
     arguments="damage",
 )
 def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], None], tmp_path: Path) -> None:
@@ -667,6 +666,17 @@ def test_rotation_counts_whole_checkpoints_only(keep: int, tmp_path: Path) -> No
     write(tmp_path, 3, keep=keep)
     assert [p.name for p in saved(tmp_path)] == [f"step-{step:08d}" for step in (2, 3)[-keep:]]
     assert all(checkpoint.verified(path) for path in saved(tmp_path))
+
+
+@promised(
+    "Damaged checkpoints",
+    ("a folder of mine called step-best beside them", "taken for no checkpoint, and never touched"),
+)
+def test_a_folder_of_another_name_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    shutil.copytree(saved(tmp_path)[0], tmp_path / "checkpoints/step-best")
+    write(tmp_path, 2, 3, keep=1)
+    assert [p.name for p in saved(tmp_path)] == ["step-00000003"] and (tmp_path / "checkpoints/step-best" / MODEL).is_file()
 
 
 @promised(
