@@ -12,22 +12,28 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lars.config import Checkpoint, Recipe, RecipeError, trajectory
+from lars.config import Checkpoint, Recipe, RecipeError, one_line, trajectory
 from lars.lock import LockLost
+from lars.reading import open_regular, read_bytes
 from lars.run import write_atomically
 
 log = logging.getLogger(__name__)
+
+_FILES = ("model.safetensors", "momentum.safetensors")
 
 
 @dataclass
@@ -45,6 +51,7 @@ class State:
     files: dict[str, str] = field(default_factory=dict)  # file -> SHA-256
     made: dict[str, Any] = field(default_factory=dict)  # `reproducibility` so far, and the numeric `environment`
     content: list[str] = field(default_factory=list)  # of both splits: hashes of the row groups that were read so far
+    format: int = 1  # since 2 there is always a state.sha256, and a velocity for every trained tensor
 
 
 class CheckpointWriter:
@@ -54,6 +61,7 @@ class CheckpointWriter:
         """`may_write` raises LockLost once the run folder belongs to another process."""
         self.folder, self.keep, self.stop_on_error = run / "checkpoints", keys.keep, keys.on_error == "stop"
         self.may_write = may_write
+        self.whole: set[Path] = set()  # those that this process has read back or verified
         self.thread: threading.Thread | None = None
         self.error: OSError | LockLost | None = None
 
@@ -64,7 +72,7 @@ class CheckpointWriter:
             OSError: the one before could not be written, and the recipe says stop.
         """
         self.wait()
-        if (self.folder / _name(state.step)).is_dir():  # stopped before the next step ended
+        if self._is_whole(self.folder / _name(state.step)):  # stopped before the next step ended
             return
         copies = []
         for tensors in (weights, momentum):
@@ -95,18 +103,26 @@ class CheckpointWriter:
             for left_behind in self.folder.glob(".step-*"):
                 shutil.rmtree(left_behind)
             temporary.mkdir(parents=True)
-            for name, tensors in (("model", weights), ("momentum", momentum)):
-                save_file(tensors, temporary / f"{name}.safetensors")
-                state.files[f"{name}.safetensors"] = _sha256(temporary / f"{name}.safetensors")
+            state.format = 2
+            for name, tensors in zip(_FILES, (weights, momentum)):
+                save_file(tensors, temporary / name)
+                state.files[name] = _sha256(temporary / name)
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
             (temporary / "state.sha256").write_text(_sha256(temporary / "state.json") + "\n")
             for file in temporary.iterdir():
+                shutil.copymode(temporary / "state.json", file)  # safetensors' own mode is 0600, whatever the umask
                 _sync(file)
             _sync(temporary)
             self.may_write()
+            if os.path.lexists(target):
+                self._put_aside(target)
             os.rename(temporary, target)
+            self._read_back(target, weights, momentum)
             write_atomically(self.folder / "latest", target.name + "\n")
             _sync(self.folder)
+            for other in saved(self.folder.parent):
+                if not self._is_whole(other):
+                    self._put_aside(other)
             for old in saved(self.folder.parent)[: -self.keep]:
                 shutil.rmtree(old)
         except LockLost as error:
@@ -118,10 +134,40 @@ class CheckpointWriter:
             if not self.stop_on_error:
                 log.warning("%s; going on (checkpoint.on_error=go_on)", self.error)
 
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Read at most once by a process; False where there is none, too."""
+        if checkpoint.is_dir() and checkpoint not in self.whole and not _damage(checkpoint):
+            self.whole.add(checkpoint)
+        return checkpoint.is_dir() and checkpoint in self.whole
+
+    def _put_aside(self, damaged: Path) -> None:
+        """Out of the way of rotation and resume, for whoever wants to know what happened to it."""
+        place = damaged.with_name(f"damaged-{damaged.name}")
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(damaged, place)
+        log.warning("%s is damaged: it is kept as %s", damaged, place.name)
+
+    def _read_back(self, target: Path, *written: dict[str, Tensor]) -> None:
+        """What a resume would find must be what memory holds.
+
+        Raises:
+            OSError: it is not; the checkpoint is put aside.
+        """
+        why = _damage(target)
+        for name, tensors in zip(_FILES, written) if not why else ():
+            found = load_file(target / name)
+            same = (torch.equal(_bits(found[key]), _bits(tensor)) for key, tensor in tensors.items())
+            if found.keys() != tensors.keys() or not all(same):
+                why = f"{name} holds other tensors"
+        if why:
+            self._put_aside(target)
+            raise OSError(f"it does not read back as it was written ({why})")
+        self.whole.add(target)
+
 
 def saved(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name))
 
 
 class Claim(NamedTuple):
@@ -137,34 +183,72 @@ def claims(run: Path) -> list[Claim]:
     found = []
     for checkpoint in saved(run):
         try:
-            state = json.loads((checkpoint / "state.json").read_text())
+            state = asdict(_state(checkpoint))
             decides = [state[key] for key in ("files", "samples_hash", "bad_images", "data_fingerprint", "trajectory")]
             digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-            found.append(Claim(int(checkpoint.name.removeprefix("step-")), digest, checkpoint))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found.append(Claim(state["step"], digest, checkpoint))
+        except (OSError, ValueError) as error:
             log.warning("%s is damaged (%s): falling back to the one before", checkpoint, error)
     return found
 
 
 def verified(checkpoint: Path) -> State | None:
     """The state of a checkpoint whose files are what was written; None, with a warning, for a damaged one."""
-    try:
-        written = checkpoint / "state.sha256"  # checkpoints of before it came have none
-        if written.exists() and written.read_text().strip() != _sha256(checkpoint / "state.json"):
-            raise ValueError("state.json is not what was written")
-        state = State(**json.loads((checkpoint / "state.json").read_text()))
-        damaged = [name for name, digest in state.files.items() if _sha256(checkpoint / name) != digest]
-        if damaged:
-            raise ValueError(f"{damaged[0]} is not what was written")
-        return state
-    except (OSError, ValueError, TypeError) as error:
-        log.warning("%s is damaged (%s): falling back to the one before", checkpoint, error)
+    if why := _damage(checkpoint):
+        log.warning("%s is damaged (%s): falling back to the one before", checkpoint, why)
         return None
+    return _state(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str:
+    """In what a checkpoint is not what was written; empty if it is."""
+    try:
+        state, written = _state(checkpoint), read_bytes(checkpoint / "state.sha256", 1 << 10)
+        if written is None and state.format > 1:
+            return "state.sha256 is gone"
+        if written is not None and written.decode().strip() != _sha256(checkpoint / "state.json"):
+            return "state.json is not what was written"
+        other = [name for name, digest in state.files.items() if _sha256(checkpoint / name) != digest]
+        return f"{other[0]} is not what was written" if other else ""
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _state(checkpoint: Path) -> State:
+    """What `state.json` says.
+
+    Raises:
+        ValueError: it is not what a run writes.
+    """
+    try:
+        state = State(**json.loads(read_bytes(checkpoint / "state.json") or b""))
+        wrong = [name for name, kind in get_type_hints(State).items() if not _is(getattr(state, name), kind)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"state.json: {one_line(error)}") from None
+    if wrong:
+        raise ValueError(f"state.json: {wrong[0]} is of another type")
+    if state.step != int(checkpoint.name.removeprefix("step-")):
+        raise ValueError(f"state.json is of step {state.step}")
+    if set(state.files) != set(_FILES):
+        raise ValueError(f"state.json does not list {' and '.join(_FILES)}")
+    whole = set(state.evaluation) in (set(), {"step", "top1", "top5"})
+    if not whole or not isinstance(state.made.get("environment", {}), dict):
+        raise ValueError("state.json: evaluation or made is not what a run writes")
+    return state
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON has a field's type: int, float, str, dict[str, ...], or one of several."""
+    if kind is Any or isinstance(kind, UnionType):
+        return kind is Any or any(_is(value, one) for one in get_args(kind))
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else get_origin(kind) or kind):
+        return False
+    return not isinstance(value, dict) or all(_is(inner, get_args(kind)[1]) for inner in value.values())
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """{name: tensor} of weights and statistics, and {parameter name: whole velocity}."""
-    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "momentum.safetensors")
+    return load_file(checkpoint / _FILES[0]), load_file(checkpoint / _FILES[1])
 
 
 def load_weights(tensors: dict[str, Tensor], state: State, model: nn.Module) -> None:
@@ -199,8 +283,14 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
+    if (stream := open_regular(file)) is None:
+        raise FileNotFoundError(f"{file.name} is gone")
+    with stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lars import limits, pretrained, strict_yaml
 from lars.model_file import import_model_file, model_files  # noqa: F401 (where recipes' model.py look for it)
+from lars.reading import flatten_run, one_level
 from lars.refusal import RecipeError, did_you_mean, hide, one_line, unknown_key
 
 _VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^{}$]*))?\}")  # with a value for where it is not set
@@ -193,20 +194,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """{"model.name": ..., "global_batch": ...}; lists and `model.kwargs` are values, not further levels."""
-    return _flat(OmegaConf.to_container(OmegaConf.structured(recipe)))
-
-
-def flatten_run(run: Path) -> dict[str, Any]:
-    """The same of a run folder's `config.yaml`, with the keys that it has, whatever version wrote it; {} where there is none.
-
-    Raises:
-        RecipeError: the file is damaged.
-    """
-    file = run / "config.yaml"
-    try:
-        return _flat(OmegaConf.to_container(strict_yaml.read(file, "a resolved recipe")[0])) if file.is_file() else {}
-    except RecipeError as error:
-        raise RecipeError(f"{file} is damaged: {error}") from None
+    return one_level(OmegaConf.to_container(OmegaConf.structured(recipe)))
 
 
 def trajectory(recipe: Recipe) -> dict[str, Any]:
@@ -225,16 +213,6 @@ def fixing(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS}
 
 
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
-        else:
-            flat[key] = value
-    if flat.get("model.weights_sha256", "") is None:  # a run that begins with no file of weights has no such key
-        del flat["model.weights_sha256"]
-    return flat
 
 
 def _override(item: str) -> DictConfig:

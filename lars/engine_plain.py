@@ -147,10 +147,13 @@ class Engine:
         return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def momentum(self) -> dict[str, Tensor]:
-        """{parameter name: whole velocity}; all processes call it together. Empty before the first step."""
+        """{parameter name: whole velocity}; all processes call it together. Empty before the first step.
+
+        After it a parameter that had no gradient yet has the velocity 0, so that one that is missing is a fault.
+        """
         state = self.optimizer.state
-        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters()]
-        return {name: state[p]["momentum_buffer"] for name, p in named if p in state}
+        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters() if state and p.requires_grad]
+        return {name: state[p]["momentum_buffer"] if p in state else torch.zeros_like(p) for name, p in named}
 
     def load_momentum(self, momentum: dict[str, Tensor]) -> None:
         """The reverse of `momentum`."""

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from lars import config
-from lars.run import read_lines, read_result
+from lars.reading import flatten_run, read_lines, read_result
 
 
 class Run:
     """What the files of a run folder say; any of them may be missing."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name, self.result, flat = path, name, read_result(path), config.flatten_run(path)
-        self.recipe = str(self.result.get("recipe") or flat.get("name") or path)
+        self.path, self.name, self.result, flat = path, name, read_result(path), flatten_run(path)
+        self.recipe = str(self.result.get("recipe") or flat.get("name") or path)[:200]
         self.seed = flat.get("seed") if isinstance(flat.get("seed"), int) else None
         self.keys = {key: value for key, value in config.fixing(flat).items() if key != "seed"}
         if self.keys:  # what else decides where the run ends: a shorter run, or other data, is no further seed
             self.keys |= {"max_steps": flat.get("max_steps"), "data_fingerprint": self.result.get("data_fingerprint")}
-        lines = read_lines(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+        lines = read_lines(path / "metrics.jsonl")
         self.train, self.evals, self.trust = ([x for x in lines if x.get("kind") == kind] for kind in ("train", "eval", "trust"))
 
     @property

@@ -6,15 +6,15 @@ An entry is the proof of a row: `config.yaml` (the resolved recipe, without the 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import os
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 from lars.config import RecipeError
-from lars.run import diverged, read_lines, read_result, write_atomically
+from lars.reading import RECIPES, diverged, is_name, read_bytes, read_config, read_lines, read_result
+from lars.run import write_atomically
 
 _OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
 
@@ -26,15 +26,18 @@ def complaint(run: Path) -> str | None:
         return "it has no result.json"
     if result.get("status") != "finished" and not diverged(result):
         return f"it is {result.get('status')}, not finished"
+    needed = ("steps", "versions", "environment", "data_fingerprint", "source_sha256")
+    if lacking := [key for key in needed if result.get(key) in (None, "", {})]:
+        return f"result.json lacks {', '.join(lacking)}"
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl", "train")]
-    if steps != list(range(1, result["steps"] + 1)):
+    if len(steps) != result["steps"] or steps != list(range(1, len(steps) + 1)):
         return f"metrics.jsonl has {len(steps)} of its {result['steps']} steps"
     evaluations = read_lines(run / "metrics.jsonl", "eval")
     last = (evaluations[-1]["step"], evaluations[-1]["top1"]) if evaluations else None
-    if last != (result["steps"], result["top1"]) and not diverged(result):
+    if last != (result["steps"], result.get("top1")) and not diverged(result):
         return "the last evaluation in metrics.jsonl is not its result"
-    if lacking := [key for key in ("versions", "environment", "data_fingerprint", "source_sha256") if not result.get(key)]:
-        return f"result.json lacks {', '.join(lacking)}"
+    if not read_config(run):
+        return "it has no config.yaml"
     return None
 
 
@@ -46,15 +49,17 @@ def keep(run: Path, entry: Path) -> None:
     """
     if why := complaint(run):
         raise RecipeError(f"{run} is no proof of a row: {why}")
-    written = OmegaConf.load(run / "config.yaml")
-    for key in _OF_ONE_MACHINE:
-        outer, _, inner = key.rpartition(".")
-        (OmegaConf.select(written, outer) if outer else written).pop(inner, None)
+    kept = {
+        key: {k: v for k, v in value.items() if f"{key}.{k}" not in _OF_ONE_MACHINE} if isinstance(value, dict) else value
+        for key, value in read_config(run).items()
+        if key not in _OF_ONE_MACHINE
+    }
+    files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "result.json", "mllog.txt")}
     entry.mkdir(parents=True, exist_ok=True)
-    write_atomically(entry / "config.yaml", OmegaConf.to_yaml(written))
-    for name in ("metrics.jsonl", "result.json", "mllog.txt"):
-        if (run / name).is_file():
-            shutil.copy(run / name, entry / name)
+    write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    for name, content in files.items():
+        if content is not None:
+            (entry / name).write_bytes(content)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -67,13 +72,14 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     try:
         for run in parser.parse_args().runs:
-            model, _, what = str(read_result(run).get("recipe")).partition("/")
-            if not what or not Path("recipes", model).is_dir():
-                raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {read_result(run).get('recipe')!r}")
-            entry = Path("recipes", model, "results", what, run.resolve().name)
+            name = read_result(run).get("recipe")
+            model, _, what = name.partition("/") if is_name(name) else ("", "", "")
+            if not model or not (RECIPES / model).is_dir():
+                raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
+            entry = RECIPES / model / "results" / what / run.resolve().name
             keep(run, entry)
-            print(entry)
-    except (RecipeError, json.JSONDecodeError, OSError) as error:
+            print(os.path.relpath(entry))
+    except (RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

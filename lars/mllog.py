@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from lars.batch import BatchPlan
-from lars.config import Recipe
+from lars.config import Recipe, RecipeError, one_line
+from lars.reading import read_bytes
 from lars.schedule import Schedule
 
 RULESET = "4.0.0"  # the newest one that still has ResNet-50
@@ -29,6 +30,7 @@ TARGET = 75.9  # per cent, top-1
 EVALUATE_EVERY = 4  # epochs
 _IMAGENET = (1_281_167, 50_000)
 _TOKEN = ":::MLLOG "
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a mangled event
 
 
 def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
@@ -109,10 +111,14 @@ class MLLog:
 
     def _cut_back(self, step: int) -> set[str]:
         """Drop events of later steps and a torn last line; the keys of those that stay."""
-        kept = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line.removeprefix(_TOKEN))["metadata"].get("step", 0) <= step]
+        kept = [line for line in self.file.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            kept = [line for line in kept if json.loads(line.removeprefix(_TOKEN))["metadata"].get("step", 0) <= step]
+            keys = {json.loads(line.removeprefix(_TOKEN))["key"] for line in kept}
+        except _DAMAGE as error:
+            raise RecipeError(f"{self.file} is damaged ({type(error).__name__}: {one_line(error)}): remove it") from None
         self.file.write_text("".join(kept))
-        return {json.loads(line.removeprefix(_TOKEN))["key"] for line in kept}
+        return keys
 
 
 def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
@@ -148,11 +154,15 @@ def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
 def seconds_to_target(run: Path) -> float | None:
     """From `run_start` to the evaluation that reached the target; None if the run has no log of MLPerf's, or did not reach it."""
     file = run / "mllog.txt"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    events = [json.loads(line.removeprefix(_TOKEN)) for line in lines if line.endswith("\n")]  # a crash may have cut the last
-    times = {event["key"]: event["time_ms"] for event in events}
-    reached = any(event["key"] == "run_stop" and event["metadata"]["status"] == "success" for event in events)
-    return (times["run_stop"] - times["run_start"]) / 1000 if reached else None
+    lines = (read_bytes(file) or b"").splitlines(keepends=True)
+    try:
+        whole = [line for line in lines if line.endswith(b"\n")]  # a crash may have cut the last
+        events = [json.loads(line.removeprefix(_TOKEN.encode())) for line in whole]
+        times = {event["key"]: float(event["time_ms"]) for event in events}
+        reached = any(event["key"] == "run_stop" and event["metadata"]["status"] == "success" for event in events)
+        return (times["run_stop"] - times["run_start"]) / 1000 if reached else None
+    except _DAMAGE as error:
+        raise RecipeError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}): remove it") from None
 
 
 def _package(module: str, *arguments: str) -> bool:

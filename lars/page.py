@@ -149,8 +149,14 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     ]
     page, head = picture.with_name("report.html"), '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     top = f'<!doctype html>\n<html lang="en"><head>{head}\n<title>{escape(recipes)}</title>\n<style>{_STYLE}</style></head>\n<body>'
-    page.write_text("\n".join([top, *parts, "</body></html>\n"]), encoding="utf-8", errors="xmlcharrefreplace")
+    put(page, "\n".join([top, *parts, "</body></html>\n"]).encode("utf-8", "xmlcharrefreplace"))
     return page
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file in the place of what is there: a link that a stranger's run folder holds is removed, not followed."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
 
 
 def _source(png: bytes) -> str:
@@ -172,7 +178,7 @@ def _unfinished(runs: Iterable[Run]) -> list[str]:
     for run in runs:
         if run.status != "finished":
             error = f": {run.result['error']}" if run.result.get("error") else ""
-            lines.append(f"{run.name} is not finished ({run.status}, {run.result.get('steps', 0)} steps){error}")
+            lines.append(f"{run.name} is not finished ({run.status}, {run.result.get('steps') or 0} steps){error}")
     return [f'<p class="bad">{escape(line)}</p>' for line in lines]
 
 
@@ -228,7 +234,7 @@ def _trust(groups: list[Group], picture: Path) -> list[str]:
             why = "not a LARS run" if group.keys.get("optimizer.name") not in (None, "lars") else "none in its log"
             parts.append(f"<p>{escape(group.label)}: no trust ratios: {why}.</p>")
     if shown:
-        picture.write_bytes(png := trust_curves(shown))
+        put(picture, png := trust_curves(shown))
         parts[:0] = [
             "<p>The trust ratio of a layer is what LARS multiplies its learning rate by in a step: trust_coefficient · |w| / (|g| + "
             "weight_decay · |w| + eps), from the norms of its weights w and of their gradient g; 1 where one of them is 0; without "

@@ -6,7 +6,7 @@ spread over seeds, curves, differences of the recipes, trust ratios, environment
 The expectation is computed from the committed runs of the same recipe (`recipes/<model>/results/<what>/seed-*`, at
 least three): the interval in which one more seed falls with 99 % probability if top-1 is normally distributed over
 seeds. Without them it is what others published (`recipes/published.yaml`). Exit status 1 if a run is not finished or
-does not meet it, 2 if a file of a run is damaged.
+does not meet it, 2 if a file of a run is damaged or a folder is none of a run.
 """
 from __future__ import annotations
 
@@ -25,16 +25,23 @@ from rich.table import Table
 
 from lars.config import RecipeError
 from lars.groups import grouped
-from lars.page import curves, write_page
-from lars.run import read_lines, read_result
+from lars.page import curves, put, write_page
+from lars.reading import RECIPES, is_name, read_lines, read_result
 
 _T_995 = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499, 9: 3.355, 10: 3.250}  # Student's t, n - 1 degrees
 
 
 def committed_results(recipe_name: str) -> list[dict]:
-    """`result.json` of every committed seed of a recipe named <model>/<what>."""
+    """`result.json` of every committed seed of a recipe named <model>/<what>; none of what cannot be such a name."""
+    if not is_name(recipe_name):
+        return []
     model, _, what = recipe_name.partition("/")
-    return [read_result(folder) for folder in sorted(Path("recipes", model, "results", what).glob("seed-*"))]
+    return [read_result(folder) for folder in sorted((RECIPES / model / "results" / what).glob("seed-*"))]
+
+
+def committed_top1(recipe_name: str) -> list[float]:
+    """Top-1 of every committed seed that has one."""
+    return [result["top1"] for result in committed_results(recipe_name) if result.get("top1") is not None]
 
 
 def expected_interval(top1: list[float]) -> tuple[float, float] | None:
@@ -69,10 +76,10 @@ class Expectation(NamedTuple):
 
 def expectation(recipe_name: str) -> Expectation | None:
     """From the committed seeds of a recipe, or from what others published for it."""
-    interval = expected_interval([r["top1"] for r in committed_results(recipe_name)])
+    interval = expected_interval(committed_top1(recipe_name))
     if interval:
         return Expectation(f"{interval[0]:.1f} ... {interval[1]:.1f}", "", *interval)
-    file = Path("recipes", "published.yaml")
+    file = RECIPES / "published.yaml"
     row = yaml.safe_load(file.read_text()).get(recipe_name) if file.is_file() else None
     if row is None:
         return None
@@ -99,17 +106,17 @@ def judge(run: Path) -> Verdict:
         RecipeError: a file of the run is damaged.
     """
     result = read_result(run)
-    name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status", "not started")
+    name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status") or "not started"
     expected = expectation(name)
-    evaluations = read_lines(run / "metrics.jsonl", "eval") if (run / "metrics.jsonl").is_file() else []
-    met = status == "finished" and (expected is None or expected.met_by(top1, evaluations))
+    evaluations = read_lines(run / "metrics.jsonl", "eval")
+    met = status == "finished" and top1 is not None and (expected is None or expected.met_by(top1, evaluations))
     row = {
         "recipe": name,
-        "engine": result.get("engine", ""),
-        "processes": str(result.get("world_size", "")),
+        "engine": result.get("engine") or "",
+        "processes": str(result.get("world_size") or ""),
         "top-1 %": f"{top1:.2f}" if top1 is not None else "",
         "expected": expected.text if expected else "",
-        "seconds": f"{result.get('seconds', 0):.0f}",
+        "seconds": f"{result.get('seconds') or 0:.0f}",
         "verdict": f"FAIL ({status})" if status != "finished" else "" if expected is None else "PASS" if met else "FAIL",
     }
     return Verdict(row, met, expected.source if expected else "")
@@ -128,6 +135,8 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     console.print(table)
     sources = {v.row["recipe"]: v.source for v in verdicts if v.source}
     notes = [f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in sources.items()]
+    if not RECIPES.is_dir():
+        notes.append(f"nothing is expected of these runs, since there is no {RECIPES}: use the library of a clone")
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     if picture:
@@ -140,8 +149,9 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
 
 def draw(runs: list[Path], picture: Path) -> None:
     """A PNG of loss, rate and accuracy over epochs, one line a run; runs that differ in nothing but the seed share a colour."""
+    content = curves(grouped(runs), stacked=False)  # before anything is written: a file of a run may be damaged
     picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_bytes(curves(grouped(runs), stacked=False))
+    put(picture, content)
 
 
 def main() -> int:
@@ -153,11 +163,16 @@ def main() -> int:
     try:
         if args.picture and args.picture.suffix != ".png":
             raise RecipeError(f"--picture {args.picture} must end in .png")
+        for run in args.runs:
+            if not any((run / name).exists() for name in ("result.json", "config.yaml", "metrics.jsonl", "lock")):
+                raise RecipeError(f"{run} is no run folder: give as in runs/demo/alexnet/seed-0")
         mixed = len({run.is_absolute() for run in args.runs}) > 1
         shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
         picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
+        if picture.parent.is_symlink() and not args.picture:
+            raise RecipeError(f"{picture.parent} is a link: give a place for the curves with --picture")
         return 0 if report(args.runs, picture, console) else 1
-    except RecipeError as error:
+    except (RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

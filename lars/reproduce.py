@@ -7,7 +7,6 @@ when they changed, since resuming would go on from weights that the old sources 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -23,8 +22,9 @@ from lars import config
 from lars.config import RecipeError
 from lars.launched import environment_of
 from lars.lock import RunLock
+from lars.reading import diverged, read_result
 from lars.report import report
-from lars.run import diverged, read_result, set_aside, sources
+from lars.run import changed_sources, set_aside, sources
 
 
 def launch_file(name: str | None) -> Path:
@@ -64,10 +64,7 @@ def prepare_folder(run: Path, recipe: Path, fresh: bool, say: Callable[[str], No
     """Decide what becomes of an earlier run in `run` before the recipe is started there."""
     config.import_model_file(recipe.parent)  # `sources` names what it runs
     before = read_result(run)
-    now = sources(recipe)
-    file = run / "sources.json"
-    then = json.loads(file.read_text()) if file.is_file() else {}
-    changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name)) if before else []
+    changed = changed_sources(run, sources(recipe)) if before else []
     spoiled = before.get("status") == "finished" or diverged(before)
     if before and (fresh or changed and spoiled):
         lock = RunLock(run)

@@ -5,12 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lars import checkpoint, pretrained
 from lars.agreement import Peers
-from lars.config import Recipe, RecipeError, fixing, flatten_run
-from lars.run import read_result
+from lars.config import Recipe, RecipeError, fixing, one_line
+from lars.reading import flatten_run, read_result
+from lars.run import changed_sources, source_sha256, unwrapped_name
 
 
 class Found(NamedTuple):
@@ -65,7 +67,7 @@ def resume(
     """Load the newest checkpoint's weights into a plain model on all processes; its numbers and its momentum.
 
     Raises:
-        RecipeError: from `newest_checkpoint`, or the checkpoint is of another run.
+        RecipeError: from `newest_checkpoint`, or the checkpoint is of another run, or was altered.
     """
     found = newest_checkpoint(peers, run)
     if found is None:
@@ -74,7 +76,8 @@ def resume(
     state, holder = found.state, found.holder
     then = state.trajectory | {"data fingerprint": state.data_fingerprint}
     checkpoint.check_same_run(then, recipe, data_fingerprint)
-    weights, momentum = checkpoint.read(found.path) if peers.rank == holder else (None, None)
+    holds = peers.rank == holder
+    weights, momentum = peers.together(lambda: _read(found, model) if holds else (None, None))
     checkpoint.load_weights(peers.broadcast_tensors(weights, holder), state, model)
     for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
         peers.copy_file(run / name, holder, 0)
@@ -83,19 +86,68 @@ def resume(
     return state, peers.broadcast_tensors(momentum, holder)
 
 
-def finished_steps(peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, last_step: int) -> int | None:
-    """The steps of this run if a node holds its end, so that nobody trains it again; decided once, for all.
+def _read(found: Found, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and momentum for a plain model and the optimizer of its parameters.
+
+    Raises:
+        RecipeError: they do not fit. The hashes are right, so no disk did it, and what was meant is for people to decide.
+    """
+    try:
+        tensors = checkpoint.read(found.path)
+        odd = _misfit(found.state, *tensors, model)
+    except (SafetensorError, OSError) as error:
+        odd = one_line(error)
+    if odd:
+        raise RecipeError(
+            f"{found.path} was altered: its hashes are right, but it does not fit the model ({odd}). Remove it to go on from "
+            "the one before, or give this run its own run_dir=..."
+        )
+    return tensors
+
+
+def _misfit(state: checkpoint.State, weights: dict[str, Tensor], momentum: dict[str, Tensor], model: nn.Module) -> str:
+    """The first tensor that is missing, or has another name, shape or type than the model's; empty if all fit."""
+    twice = checkpoint.aliases(model)
+    if state.aliases != twice:
+        return "other tied weights"
+    named = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
+    trained = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    whole = state.format > 1 and state.step > 0  # before the first step nothing has a velocity
+    for kind, found, wanted, complete in (("weight", weights, named, True), ("velocity", momentum, trained, whole)):
+        odd = found.keys() - wanted.keys() | (wanted.keys() - found.keys() if complete else set())
+        odd |= {n for n, t in found.items() if n in wanted and (t.shape, t.dtype) != (wanted[n].shape, wanted[n].dtype)}
+        if odd:
+            return f"{kind} {sorted(odd)[0]}"
+    return ""
+
+
+def finished(
+    peers: Peers, recipe: Recipe, data_fingerprint: str, last_step: int, sources: dict[str, str]
+) -> str | None:
+    """What to say if a node holds this run's end, so that nobody trains it again; decided once, for all.
+
+    Args:
+        sources: from `lars.run.sources`; a run that others made is its end all the same, and that is said.
 
     Raises:
         RecipeError: the folder holds the end of another run, or its `result.json` is damaged.
     """
 
-    def look() -> int | None:
+    run = Path(recipe.run_dir)
+
+    def look() -> tuple[int, str] | None:
         before = read_result(run) if peers.leads_node else {}
         if before.get("status") != "finished":
             return None
         then = fixing(flatten_run(run)) | {"data fingerprint": before.get("data_fingerprint")}
         checkpoint.check_same_run(then, recipe, data_fingerprint)
-        return before["steps"] if before["steps"] >= last_step else None
+        steps, changed = before.get("steps") or 0, []
+        if before.get("source_sha256") != source_sha256(sources):
+            changed = changed_sources(run, sources)
+        told = f"already finished after {steps} steps, see {recipe.run_dir}/result.json"
+        if changed:
+            names = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+            told += f"; other sources made it, these have changed since: {names}. Another run_dir=... trains it anew"
+        return (steps, told) if steps >= last_step else None
 
-    return max(filter(None, peers.gather(peers.together(look))), default=None)
+    return max(filter(None, peers.gather(peers.together(look))), default=(0, None))[1]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,7 +21,11 @@ from lars import portable
 from lars.batch import BatchPlan
 from lars.config import Recipe, RecipeError, model_files
 from lars.lock import LockLost, RunLock
+from lars.reading import diverged, read_bytes, read_lines, read_object, read_result  # noqa: F401 - for scripts, too
 
+log = logging.getLogger(__name__)
+
+_MOST_SAMPLES = 1 << 34  # bytes of ledger.jsonl
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
 
 
@@ -62,11 +67,14 @@ class RunFolder:
         if not self.writes:
             return
         self.lock.check()
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-        (self.path / "sources.json").write_text(json.dumps(files, indent=1) + "\n")
-        for name in ("metrics.jsonl", "ledger.jsonl"):
-            _cut_back(self.path / name, step, evaluated=evaluation.get("step") == step)
-        self._write_result()
+        try:
+            write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+            write_atomically(self.path / "sources.json", json.dumps(files, indent=1) + "\n")
+            for name in ("metrics.jsonl", "ledger.jsonl"):
+                _cut_back(self.path / name, step, evaluated=evaluation.get("step") == step)
+            self._write_result()
+        except OSError as error:
+            raise RecipeError(f"{self.path} cannot be written ({error}): give another run_dir=...") from None
 
     @property
     def made(self) -> dict[str, Any]:
@@ -123,43 +131,6 @@ def position(step: int, plan: BatchPlan, seconds: float, samples_hash: int) -> d
     }
 
 
-def read_result(path: str | Path) -> dict[str, Any]:
-    """`result.json` of a run folder, or {} where there is none.
-
-    Raises:
-        RecipeError: the file is damaged.
-    """
-    file = Path(path) / "result.json"
-    try:
-        result = json.loads(file.read_text()) if file.is_file() else {}
-        if not isinstance(result, dict):
-            raise ValueError("no JSON object")
-        return result
-    except ValueError as error:  # not JSON, or not even text
-        raise RecipeError(f"{file} is damaged ({error}): remove it, the run resumes from its checkpoint") from None
-
-
-def diverged(result: dict[str, Any]) -> bool:
-    """Whether a run ended because its numbers were no longer finite: an outcome, not an accident."""
-    return result.get("status") == "failed" and str(result.get("error", "")).startswith("FloatingPointError")
-
-
-def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The JSON lines of a file, of one kind if asked. A last line that is still being written, or that a crash cut, is left out.
-
-    Raises:
-        RecipeError: another line is damaged.
-    """
-    lines, texts = [], path.read_bytes().splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if number < len(texts):
-                raise RecipeError(f"{path}, line {number} is damaged ({error}): remove it") from None
-    return [line for line in lines if kind is None or line["kind"] == kind]
-
-
 def set_aside(path: Path) -> Path:
     """Move a run folder out of the way and return its new place."""
     number = 1
@@ -180,18 +151,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:
-    """Drop lines of later steps (an evaluation that comes again is one), and a last line that a crash left unfinished."""
-    if not path.exists():
+    """Drop lines of later steps (an evaluation that comes again is one), and a last line that a crash left unfinished.
+
+    A damaged line goes too, with a warning: the run itself rests on its checkpoint, not on the log.
+    """
+    if (content := read_bytes(path, _MOST_SAMPLES)) is None:
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    kept, damaged, lines = [], 0, content.splitlines(keepends=True)
+    for line in lines:
         try:
-            values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
+            values = json.loads(line)
             again = values.get("kind") == "eval" and values["step"] == step and not evaluated
-            if values["step"] <= step and not again:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
+            if line.endswith(b"\n") and values["step"] <= step and not again:
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            damaged += line is not lines[-1]
+    if damaged:
+        log.warning("%s: %d damaged lines are dropped", path, damaged)
     write_atomically(path, "".join(kept))
 
 
@@ -219,6 +195,16 @@ def sources(config: Path) -> dict[str, str]:
     if train.is_file():
         files["train.py"] = train
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
+
+
+def changed_sources(run: Path, now: dict[str, str]) -> list[str]:
+    """The files in which `now`, what `sources` gives, differs from what made the steps of a run so far.
+
+    Raises:
+        RecipeError: its `sources.json` is damaged.
+    """
+    then = read_object(run / "sources.json")
+    return sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
 
 
 def source_sha256(files: dict[str, str]) -> str:

@@ -16,9 +16,9 @@ import yaml
 from lars import config
 from lars.batch import BatchPlan
 from lars.cluster import load_cluster
-from lars.config import Recipe
+from lars.config import Recipe, RecipeError
 from lars.plan import make_plan, with_devices
-from lars.report import committed_results
+from lars.report import committed_top1
 
 CLUSTER = Path("launch/clusters/h100-8.yaml")
 DEVICES = (1, 8)
@@ -92,7 +92,7 @@ def predict(recipe: Recipe) -> list[Prediction]:
 def row_of(recipe: Recipe, published: dict, predictions: list[Prediction]) -> list[str]:
     """One line of a folder's table."""
     stem = Path(recipe.name).name
-    ours = [result["top1"] for result in committed_results(recipe.name)]
+    ours = committed_top1(recipe.name)
     cells = [f"[{stem}]({stem}.yaml)", f"{recipe.global_batch:,}", f"{recipe.epochs:g}", str(recipe.bn_group or "")]
     cells += [published_text(published.get(recipe.name, {})), mean_and_spread(ours), f"divide {BatchPlan.of(recipe, recipe.global_batch, 1).passes:,}"]
     return cells + [f"{p.micro_batch}, {p.hours:.1f} h" if p.hours < 10 else f"{p.micro_batch}, {p.hours:.0f} h" for p in predictions]
@@ -112,13 +112,13 @@ def results_table() -> str:
     for name, remark in IN_THE_README.items():
         folder, stem = name.split("/")
         config.import_model_file(Path("recipes", folder))
-        recipe, results = config.load(f"recipes/{name}.yaml", []), committed_results(name)
+        recipe, results = config.load(f"recipes/{name}.yaml", []), committed_top1(name)
         row = published.get(name, {})
         said = f"{row['top1']} ({row['source']})" if row else ""
         log = f"[results](recipes/{folder}/results/{stem})" if results else ""
         seeds = str(len(results)) if results else ""
         cells = [f"[{name}](recipes/{name}.yaml){remark}", f"{recipe.global_batch:,}", f"{recipe.epochs:g}"]
-        rows.append([*cells, said, mean_and_spread([r["top1"] for r in results]), seeds, log])
+        rows.append([*cells, said, mean_and_spread(results), seeds, log])
     models = {"AlexNet": "alexnet", "ResNet-50": "resnet50"}
     others = [r for folder in models.values() for r in recipes_of(Path("recipes", folder)) if r.name not in IN_THE_README]
     batches = sorted(r.global_batch for r in others)
@@ -136,11 +136,15 @@ def pages(predictions: dict[str, list[Prediction]]) -> Iterator[tuple[Path, str]
 
 
 def main() -> int:
-    recipes = [r for model in ("alexnet", "resnet50") for r in recipes_of(Path("recipes", model))]
-    for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
-        changed = text != file.read_text()
-        file.write_text(text)
-        print(f"{file}: {'written' if changed else 'as it was'}")
+    try:
+        recipes = [r for model in ("alexnet", "resnet50") for r in recipes_of(Path("recipes", model))]
+        for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
+            changed = text != file.read_text()
+            file.write_text(text)
+            print(f"{file}: {'written' if changed else 'as it was'}")
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,7 +1,9 @@
 """`python -m lars.verify RUN [--steps N] [key=value ...]`: train a run again and say whether it is the same run.
 
-RUN is a run folder, or a committed result such as recipes/demo/results/alexnet/seed-0: `config.yaml` (recipe and runtime
-keys), `metrics.jsonl`, `result.json`. With `--steps` only a prefix is trained. Three answers:
+RUN is a run folder, or a committed result by its name, as in demo/alexnet/seed-0: `config.yaml` (recipe and runtime
+keys), `metrics.jsonl`, `result.json`. It may be a stranger's: code, recipe and data are those of this repository
+(`--recipe`, `--data`), and of RUN only numbers and plain words are taken, which are printed. With `--steps` only a
+prefix is trained. Three answers:
 
 - SAME RUN: every loss, evaluation and hash has the same bits.
 - DIFFERENT RUN, exit status 1: the numeric environments match and the bits do not; the first step that differs is named.
@@ -15,17 +17,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from lars import config, portable
 from lars.config import RecipeError, Runtime
-from lars.report import committed_results, expected_interval
+from lars.reading import RECIPES, flatten_run, is_name, read_lines, read_result
+from lars.report import committed_top1, expected_interval
 from lars.reproduce import launch_file, processes_of, reproduce
-from lars.run import read_lines, read_result
 
 # How far the loss of a step may be moved by rounding, relative to it: sqrt(n) roundings of the unit u (Higham and Mary
 # 2019). In float32 (u = 2^-24) each of a path's n = 10^5 additions rounds; in tf32 and bf16 (u = 2^-11, 2^-8) products
@@ -33,29 +35,62 @@ from lars.run import read_lines, read_result
 LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 200**0.5 * 2.0**-8}
 
 
+_COMPARED = ("recipe", "status", "steps", "data_fingerprint", "reproducibility", "environment")
+
+
 def overrides_of(run: Path, recipe_file: Path) -> list[str]:
     """`key=value` for each key of the run that changes it or its bits and is not what the recipe file says.
 
+    Where the data are is not taken from the run.
+
     Raises:
-        RecipeError: the folder has no config.yaml.
+        RecipeError: the folder has no config.yaml, or a value in it could name a file, an address or a variable.
     """
-    if not (run / "config.yaml").is_file():
+    if not (ran := flatten_run(run)):
         raise RecipeError(f"{run} has no config.yaml: give a run folder, or a committed recipes/<model>/results/<what>/seed-<n>")
-    ran = OmegaConf.load(run / "config.yaml")
     recipe = config.load(recipe_file, [])
-    free = {k: v for k, v in config.flatten(recipe).items() if k.startswith("runtime.") or k in ("data.path", "data.revision")}
+    bits = {key: value for key, value in config.flatten(recipe).items() if key.startswith("runtime.")}
     overrides, neutral = [], {f"runtime.{key}": value for key, value in vars(Runtime()).items()}
-    for key, written in {**config.trajectory(recipe), **free}.items():
-        value = OmegaConf.select(ran, key, default=neutral.get(key, written))  # an older version had fewer runtime keys
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    for key, written in {**config.trajectory(recipe), **bits}.items():
+        value = ran.get(key, neutral.get(key, written))  # an older version had fewer runtime keys
         if value != written:
+            if not _is_harmless(value):
+                raise RecipeError(
+                    f"{run / 'config.yaml'}: {key} is not taken from a run folder, since it could name a file, an address "
+                    f"or a variable ({str(value)[:60]!r}): give your copy of its recipe with --recipe"
+                )
             overrides.append(f"{key}={json.dumps(value)}")
     return overrides
 
 
+def _is_harmless(value: Any) -> bool:
+    """Numbers and plain words; of the arguments of a model none by which timm loads weights."""
+    if isinstance(value, dict):
+        names = all(re.fullmatch(r"(?!pretrained|checkpoint|cache)[A-Za-z]\w*", key) for key in value)
+        return names and all(map(_is_harmless, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_harmless, value))
+    return not isinstance(value, str) or bool(re.fullmatch(r"[\w-][\w.-]*", value))
+
+
+def _folder(run: Path) -> Path:
+    """A run folder, or the committed result of this name."""
+    model, *rest = run.parts or [""]
+    committed = RECIPES / model / "results" / Path(*rest)
+    return committed if not run.exists() and is_name(str(run)) and committed.is_dir() else run
+
+
+def _recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
+    """This repository's recipe of the name that the run gives."""
+    file = RECIPES / f"{claimed['recipe']}.yaml"
+    if not is_name(claimed["recipe"]) or not file.is_file():
+        raise RecipeError(f"{run} is of the recipe {claimed['recipe']!r}, none of {RECIPES}: give your copy of it with --recipe")
+    return Path(os.path.relpath(file))
+
+
 def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     """Is `again`, a repetition of `run` or of its first steps, the same? The verdict, and lines that say why."""
-    claimed, repeated = read_result(run), read_result(again)
+    claimed, repeated = read_result(run, _COMPARED), read_result(again, _COMPARED)
     if claimed["data_fingerprint"] != repeated["data_fingerprint"]:
         return False, [f"DIFFERENT DATA: fingerprint {claimed['data_fingerprint'][:12]} -> {repeated['data_fingerprint'][:12]}"]
     contents = [result.get("content_fingerprint") for result in (claimed, repeated)]
@@ -66,6 +101,8 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
         note = [f"the run is portable, this repetition is not: {_why_not_portable(repeated)}"]
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
+    if whole:
+        claimed = read_result(run, ("samples_hash", "weights_sha256", "top1", "top5", *_COMPARED))
     pairs = _pairs(run, again, "train", steps)
     if len(pairs) < steps:
         return False, [f"NO PROOF: metrics.jsonl has {len(pairs)} of the {steps} steps"]
@@ -81,14 +118,14 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     if not reasons:
         return False, [f"DIFFERENT RUN: the numeric environment is the same and the bits are not; {where}"]
     lines = [*note, f"other bits are expected ({'; '.join(dict.fromkeys(reasons))}), so up to rounding:"]
-    bound = LOSS_BOUND[OmegaConf.load(again / "config.yaml").precision]
+    bound = LOSS_BOUND[flatten_run(again)["precision"]]
     checks = [("rates", all(a["lr"] == b["lr"] and a["images"] == b["images"] for a, b in pairs), "")]
     if whole:
         checks.append(("samples", "samples_hash" not in hashes, claimed["samples_hash"]))
     for name, (a, b) in zip(("loss from the same weights", "loss after one update"), pairs):
-        apart = abs(a["loss"] - b["loss"]) / abs(a["loss"])
+        apart = abs(a["loss"] - b["loss"]) / (abs(a["loss"]) or 1.0)
         checks.append((name, apart <= bound, f"{apart:.1e} apart, bound {bound:.1e}"))
-    interval = expected_interval([r["top1"] for r in committed_results(claimed["recipe"])])
+    interval = expected_interval(committed_top1(claimed["recipe"]))
     if whole and interval:
         inside = interval[0] <= repeated["top1"] <= interval[1]
         checks.append(("top-1", inside, f"{repeated['top1']:.2f} %, expected {interval[0]:.1f} ... {interval[1]:.1f}, claimed {claimed['top1']:.2f}"))
@@ -116,9 +153,9 @@ def _environment(run: Path, again: Path) -> list[tuple[str, Any, Any]]:
     ignored |= {"device", "cpu_flags"} if promises == ("portable", "portable") else set()
     keys = sorted(repeated["environment"].keys() - ignored)
     rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in keys]
-    there, here = (OmegaConf.load(folder / "config.yaml").runtime for folder in (run, again))
-    neutral = vars(Runtime())
-    rows += [(f"runtime.{k}", there.get(k, neutral.get(k)), here[k]) for k in here if k != "hang_seconds"]
+    neutral = {f"runtime.{key}": value for key, value in vars(Runtime()).items()}
+    there, here = (neutral | flatten_run(folder) for folder in (run, again))
+    rows += [(key, there[key], here[key]) for key in neutral if key != "runtime.hang_seconds"]
     if "numeric" not in promises:
         return [*rows, ("reproducibility", *promises)]
     return rows + [("reproducibility", promise, "bitwise") for promise in promises if promise == "numeric"]
@@ -136,29 +173,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--recipe", type=Path, help="its recipe's file (default: recipes/<name>.yaml)")
+    parser.add_argument("--data", help="data.path (default: the recipe's)")
     parser.add_argument("--steps", type=int, help="train only so many steps (default: as many as RUN has)")
     parser.add_argument("--launch", help="a file of launch/, by name (default: all GPUs, else cpu-2)")
     parser.add_argument("--nproc", type=int, help="processes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in data.path=FOLDER")
     args = parser.parse_intermixed_args(arguments)
     try:
-        claimed = read_result(args.run)
+        run = _folder(args.run)
+        claimed = read_result(run)
         if not claimed.get("steps"):
-            raise RecipeError(f"{args.run} holds no run with a step to verify (no result.json, or 0 steps)")
-        recipe = args.recipe or Path("recipes", f"{claimed['recipe']}.yaml")
-        keys = [*overrides_of(args.run, recipe), *args.overrides]
-        place = Path("runs/verify", f"{claimed['recipe']}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
+            raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
+        claimed = read_result(run, _COMPARED)
+        read_lines(run / "metrics.jsonl")  # damage is told before hours of training
+        recipe = args.recipe or _recipe_of(run, claimed)
+        taken = overrides_of(run, recipe)
+        keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
+        here = config.load(recipe, keys)
+        print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {' '.join(taken) or 'nothing'}")
+        place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
         file = launch_file(args.launch)
         steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
         processes = processes_of(file, args.nproc)
         again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
+        good, lines = False, [f"FAIL: {again} did not end well, see above; start again to resume it"]
+        if well:
+            good, lines = compare(run, again)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not well:
-        print(f"FAIL: {again} did not end well, see above; start again to resume it")
-        return 1
-    good, lines = compare(args.run, again)
     print("\n".join(lines))
     return 0 if good else 1
 

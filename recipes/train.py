@@ -39,7 +39,7 @@ from lars.nonfinite import explain_nonfinite
 from lars.progress import Progress, group_table
 from lars.reduction import StepSums
 from lars.refusal import hidden
-from lars.resume import finished_steps, resume
+from lars.resume import finished, resume
 from lars.run import RunFolder, position, sources, versions
 from lars.schedule import Schedule
 from lars.signals import EXIT_STOPPED, StopRequest
@@ -78,8 +78,8 @@ class Training:
         if state:
             self.step, self.samples_hash, self.bad_images = state.step, state.samples_hash, state.bad_images
             self.seconds, self.evaluation = state.seconds, state.evaluation
-        if steps := finished_steps(peers, self.folder.path, recipe, self.fingerprint, self.last_step):
-            self.say(f"already finished after {steps} steps, see {recipe.run_dir}/result.json")
+        if end := finished(peers, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
+            self.say(end)
             return False
         self.engine.prepare(self.model, ghosts)
         optimizer = build_optimizer(recipe, self.model)

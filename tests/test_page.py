@@ -248,6 +248,8 @@ def test_unfinished_runs_are_shown_as_such(tmp_path: Path, monkeypatch: pytest.M
     failed = copy(RUNS[2], tmp_path / "failed", status="failed", error="FloatingPointError: step 3 <b>")
     without = copy(RUNS[3], tmp_path / "without")
     (without / "result.json").unlink()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/lock").touch()  # all that is there of a run before its first step
     page = page_of([RUNS[0], running, failed, without, tmp_path / "nothing"], tmp_path, monkeypatch, status=1)
     said = ("running, 7 steps", "failed, 208 steps): FloatingPointError: step 3 <b>", "without is not finished (not", "nothing is not")
     assert all(text in page.text for text in said)

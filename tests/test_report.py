@@ -83,7 +83,7 @@ def test_a_reference_point_is_judged_by_the_epoch_at_which_it_reaches_the_target
     for first, good in ((55, True), (57, True), (58, False), (None, False)):
         run = run_with(tmp_path / str(first), recipe="resnet50/mlperf-b32k", status="finished", top1=76.5 if first else 75.8)
         steps = [-(-e * n // batch) for e in range(1, 59)]  # evaluation e comes after step ceil(e N / B)
-        lines = [{"kind": "eval", "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8} for e, s in enumerate(steps, 1)]
+        lines = [{"kind": "eval", "step": s, "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8} for e, s in enumerate(steps, 1)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         told, text = verdict(run)
         assert told == good and "75.9 by epoch 57" in text and ("PASS" if good else "FAIL") in text

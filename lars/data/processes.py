@@ -16,7 +16,7 @@ import select
 import signal
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import cv2

@@ -139,7 +139,7 @@ def recipes(dice: random.Random, stage: Path, folder: Path) -> str | None:
     wrong = in_order(status, told, (0, 2))
     if wrong or status or len(overrides) > 1:
         return wrong
-    plain, read = config._flat(yaml.safe_load(text)), config.flatten(config.load(file, []))
+    plain, read = config.one_level(yaml.safe_load(text)), config.flatten(config.load(file, []))
     skipped = ("data.path", "run_dir")  # made absolute
     differ = [k for k, v in plain.items() if k not in skipped and "${" not in str(v) and read.get(k) != v]
     differ = [k for k in differ if not (isinstance(read.get(k), (int, float, list)) and _number(plain[k]) == _number(read[k]))]
