@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lars.batch import BatchPlan
+from lars.checkpoint import check_room
 from lars.config import Recipe, RecipeError
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
@@ -32,4 +34,5 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, model := build_model(recipe)[0])
+    check_room(Path(recipe.run_dir), recipe.checkpoint.keep, model)
     return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"

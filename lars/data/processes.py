@@ -113,7 +113,7 @@ def fork(work: Callable[[], None]) -> int:
         return child
     status = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         work()
