@@ -298,11 +298,14 @@ def test_interrupt_of_a_process_group(launcher: str, tiny: tuple[str, ...], tmp_
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(line, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True)
-    wait_until(lambda: steps(run) >= 1)
-    ranks = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
-    _, left = psutil.wait_procs(ranks, timeout=60)
+    try:
+        wait_until(lambda: steps(run) >= 1, seconds=300)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(100) != 0
+    finally:
+        process.kill()
+    _, left = psutil.wait_procs(ranks, timeout=100)
     assert not left and read_result(run)["status"] == "preempted", (tmp_path / "log").read_text()
     assert (run / f"checkpoints/step-{read_result(run)['steps']:08d}").is_dir()
     assert (tmp_path / "log").read_text().count("stopped by a signal after step") == 1
@@ -398,10 +401,10 @@ DISK = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 @promised("Processes", ("a disk without room for `checkpoint.keep` + 1 checkpoints", "refused before training, with both numbers; nothing is written"))
 def test_no_room(tiny: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    first = partial(small_disk, tmp_path / "disk", "8m")
+    first = partial(small_disk, tmp_path / "disk", "2m")
     ranks = start_ranks(1, RECIPE, *tiny, f"run_dir={tmp_path / 'disk/run'}", log=tmp_path / "log", first=first)
     assert ranks.wait() == [2], ranks.output
-    assert len(errors(ranks)) == 1 and "has room for 8 MiB, but 3 checkpoints (checkpoint.keep=2" in errors(ranks)[0], ranks.output
+    assert len(errors(ranks)) == 1 and "has room for 2 MiB, but 3 checkpoints (checkpoint.keep=2" in errors(ranks)[0], ranks.output
 
 
 @promised("Processes", ("a disk that is full when a finished run, or one with its checkpoints, is started again", "what is there counts: no refusal"))
@@ -464,7 +467,7 @@ def copy_out(folder: Path, target: Path, size: str, free_again: bool) -> None:
 def test_a_disk_fills_up(free_again: bool, tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     keys = (*tiny, "max_steps=24", "ledger=true", f"run_dir={tmp_path / 'disk/run'}")
-    first = partial(copy_out, tmp_path / "disk", tmp_path / "copy", "60m", free_again)
+    first = partial(copy_out, tmp_path / "disk", tmp_path / "copy", "12m", free_again)
     ranks = start_ranks(1, RECIPE, *keys, log=tmp_path / "log", first=first)
     statuses = ranks.wait()
     assert ranks.output.count("cannot be written (No space left on device)") == 1, ranks.output
