@@ -105,8 +105,8 @@ def reproduce(
 def why_it_ended(run: Path, began: float) -> str:
     """What stopped a run that was started at `began`, for the end of a launcher's many lines."""
     result = read_result(run)
-    if result.get("heartbeat", 0) < began:
-        return "it was not begun, see `error:` above the launcher's lines"
+    if (result.get("heartbeat") or 0) < began:
+        return "its launcher ended with an error before the run began, see `error:` above the launcher's lines"
     stopped = "stopped by a signal: start the same command again to resume"
     return stopped if result["status"] == "preempted" else result.get("error", "its launcher ended with an error, see above")
 

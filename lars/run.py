@@ -41,7 +41,7 @@ class RunFolder:
         self.tracker: Callable[..., None] | None = None  # accelerate's `log`, which sends numbers to all trackers
         self.result: dict[str, Any] = {}
         self.pending: list[tuple[Path, str]] = []  # lines for which the disk had no room yet
-        self.full = ""  # why the last write failed
+        self.trouble = ""  # why a write has failed
 
     def open(self, recipe: Recipe, config_file: Path, step: int, evaluation: dict[str, float], facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`.
@@ -112,37 +112,36 @@ class RunFolder:
                 self.result.update(status=status, **values)
                 for wait in (0, 1, 2, 3, 4):  # what failed before may be cleared away in a moment
                     time.sleep(wait)
-                    self._keep(self._write_lines)
-                    self._write_result()
-                    if not self.full:
+                    if all([self._keep(self._write_lines), self._write_result()]):
                         break
-                if self.full and status != "failed":
-                    raise NotWritten(f"{self.path} takes no more ({self.full}): make room and start the same command again")
+                else:
+                    if status != "failed":
+                        raise NotWritten(f"{self.path} takes no more ({self.trouble}): make room and start the same command again")
         except LockLost:  # what stands there is another process's
-            return
-        finally:
-            self.lock.release()
+            pass
+        self.lock.release()
 
-    def _write_result(self) -> None:
+    def _write_result(self) -> bool:
         self.lock.check()
         self.result["heartbeat"] = time.time()
         text = json.dumps(self.result, indent=1) + "\n"
-        self._keep(lambda: write_atomically(self.path / "result.json", text))
+        return self._keep(lambda: write_atomically(self.path / "result.json", text))
 
     def _write_lines(self) -> None:
         while self.pending:
             _append(*self.pending[0])
             del self.pending[0]
 
-    def _keep(self, write: Callable[[], None]) -> None:
+    def _keep(self, write: Callable[[], None]) -> bool:
         """Write, or warn that it is kept until there is room again: a full disk costs no step."""
         try:
             write()
-            self.full = ""
+            return True
         except OSError as error:
-            if not self.full:
+            if not self.trouble:
                 log.warning("%s cannot be written (%s): what belongs there is kept until it can", self.path, error.strerror)
-            self.full = error.strerror or str(error)
+            self.trouble = error.strerror or str(error)
+            return False
 
 
 def position(step: int, plan: BatchPlan, seconds: float, samples_hash: int) -> dict[str, Any]:
