@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,12 +23,12 @@ from accelerate import PartialState
 from torch import Tensor
 
 from lars import portable
-from lars.config import Data, Recipe, RecipeError
+from lars.config import Data, Recipe, RecipeError, one_line
 from lars.data.content import content_fingerprint
 from lars.data.index import Index, on_this_node
 from lars.data.reader import check_memory
 from lars.data.source import DataError
-from lars.launched import uses_cpu, uses_deepspeed
+from lars.launched import Alone, place, uses_cpu, uses_deepspeed
 from lars.run import environment, weights_sha256
 
 if TYPE_CHECKING:  # these two know this file
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # these two know this file
 T = TypeVar("T")
 
 _CHUNK = 1 << 24  # bytes of a file that are sent at a time
+_UNKNOWN, _MUTE = 30, 60  # seconds until a name is known, and until something that listens has answered
 _FIRST_MEETING = timedelta(minutes=30)  # until all processes have started, and for an exchange that nobody ends
 
 
@@ -58,21 +61,20 @@ class Peers:
         A process that cannot begin comes too, to say so: one that stayed away would leave the others waiting.
 
         Raises:
-            RecipeError: on all processes, the first that one of them brought.
+            Alone: nobody can be met.
+            RecipeError: on all processes, what one of them brought.
         """
-        if "WORLD_SIZE" in os.environ:
+        if told := place():
+            store = _first_word(refused, told["RANK"], told["WORLD_SIZE"])  # held until the group has a client of its own
             backend = "gloo" if uses_cpu() else "nccl"  # named, or accelerate finds none on a CPU
             if uses_deepspeed() and uses_cpu():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the engine pins the threads
             PartialState(cpu=uses_cpu() and not uses_deepspeed(), backend=backend, timeout=_FIRST_MEETING)
-        peers = cls()
-        try:
-            peers.share(refused)
-        except RecipeError:
-            peers.part()
-            raise
-        return peers
+            del store
+        elif refused:
+            raise refused
+        return cls()
 
     def part(self) -> None:
         """End the process group; a process that leaves it open can abort at exit."""
@@ -166,6 +168,65 @@ class Peers:
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.nodes[rank]}"
+
+
+def _first_word(refused: RecipeError | None, rank: int, processes: int) -> dist.Store:
+    """Tell the others if this process cannot begin, on torch's store: one without its GPUs can join no process group.
+
+    Raises:
+        RecipeError: on all processes, what one of them said; of several the first to come.
+    """
+    store = dist.PrefixStore("first word", _store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+    if refused:
+        store.compare_set("refused", "", f"rank {rank} on {socket.gethostname()}: {refused}" if rank else str(refused))
+    if store.add("here", 1) == processes:
+        store.set("all", "here")
+    store.wait(["all"], _FIRST_MEETING)
+    if store.check(["refused"]):
+        reason = store.get("refused").decode()
+        store.add("heard", 1)
+        for _ in range(200 if rank == 0 else 0):  # the store may end with this process
+            if store.add("heard", 0) < processes:
+                time.sleep(0.05)
+        raise RecipeError(reason)
+    return store
+
+
+def _store(address: str, port: int) -> dist.Store:
+    """torch's store, once the process that holds it has started.
+
+    Raises:
+        Alone: its place has no address, is taken, or something else answers there.
+    """
+    for _ in range(_UNKNOWN):
+        try:
+            socket.getaddrinfo(address, port)
+            break
+        except (OSError, UnicodeError) as error:
+            unknown = error
+            time.sleep(1)
+    else:
+        raise Alone(f"MASTER_ADDR={address} has no address here ({unknown}): name a machine that all nodes know")
+    found: list[dist.Store] = []
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=_FIRST_MEETING))[0])
+        except Exception as error:
+            failed.append(error)
+
+    thread, mute = threading.Thread(target=ask, daemon=True), 0  # torch waits for an answer without end
+    thread.start()
+    thread.join(1)
+    while thread.is_alive() and mute < _MUTE:
+        with suppress(OSError), socket.create_connection((address, port), timeout=1):
+            mute += 1
+        thread.join(1)
+    if found:
+        return found[0]
+    why = one_line(failed[0]) if failed else "whoever listens there does not answer as torch's store does"
+    raise Alone(f"MASTER_ADDR={address} MASTER_PORT={port} is no place to meet: {why}; give a port that nobody else uses")
 
 
 def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[Index, Index]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lars import checkpoint, pretrained, trackers
 from lars.batch import BatchPlan
+from lars.checkpoint import check_room
 from lars.config import Recipe, RecipeError
 from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
@@ -42,6 +43,7 @@ def check(recipe: Recipe, engine: str, processes: int) -> tuple[Index, Index, Ba
         check_memory(index)
     plan = BatchPlan.of(recipe, train.samples, processes)
     build_optimizer(recipe, model := build_model(recipe)[0])
+    check_room(Path(recipe.run_dir), recipe.checkpoint.keep, model)
     return train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}"
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lars.config import Checkpoint, Recipe, RecipeError, one_line, trajectory
 from lars.lock import LockLost
-from lars.reading import open_regular, read_bytes
-from lars.run import write_atomically
+from lars.reading import open_regular, read_bytes, read_result
+from lars.run import NotWritten, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +63,13 @@ class CheckpointWriter:
         self.may_write = may_write
         self.whole: set[Path] = set()  # those that this process has read back or verified
         self.thread: threading.Thread | None = None
-        self.error: OSError | LockLost | None = None
+        self.error: NotWritten | LockLost | None = None
 
     def save(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
         """Start to write one; whole tensors by plain names.
 
         Raises:
-            OSError: the one before could not be written, and the recipe says stop.
+            NotWritten: the one before could not be written, and the recipe says stop.
         """
         self.wait()
         if self._is_whole(self.folder / _name(state.step)):  # stopped before the next step ended
@@ -85,7 +85,7 @@ class CheckpointWriter:
         """Until the one under way is written.
 
         Raises:
-            OSError: it could not be, and the recipe says stop or it is `needed` (the last one of a run).
+            NotWritten: it could not be, and the recipe says stop or it is `needed` (the last one of a run).
             LockLost: from `may_write`.
         """
         if self.thread:
@@ -130,7 +130,8 @@ class CheckpointWriter:
             self.error = error
         except Exception as error:  # safetensors has its own class for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
-            self.error = OSError(f"the checkpoint of step {state.step} could not be written, the one before stays: {error}")
+            before = "the one before stays" if saved(self.folder.parent) else "and there is none before it"
+            self.error = NotWritten(f"the checkpoint of step {state.step} could not be written, {before}: {error}")
             if not self.stop_on_error:
                 log.warning("%s; going on (checkpoint.on_error=go_on)", self.error)
 
@@ -163,6 +164,24 @@ class CheckpointWriter:
             self._put_aside(target)
             raise OSError(f"it does not read back as it was written ({why})")
         self.whole.add(target)
+
+
+def check_room(run: Path, keep: int, model: nn.Module) -> None:
+    """Before a run: its disk must have room for `keep` checkpoints and the one that is being written.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    if read_result(run).get("status") == "finished":  # nothing more may be asked of it
+        return
+    size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *model.parameters()))  # and its momentum
+    there = sum(file.stat().st_size for checkpoint in saved(run) for file in checkpoint.iterdir())
+    free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
+    if there + free < (keep + 1) * size:
+        raise RecipeError(
+            f"{run} has room for {free / 2**20:,.0f} MiB, but {keep + 1} checkpoints (checkpoint.keep={keep}, and the one that is "
+            f"being written) take {(keep + 1) * size / 2**20:,.0f}: make room, lower checkpoint.keep or give another run_dir=..."
+        )
 
 
 def saved(run: Path) -> list[Path]:

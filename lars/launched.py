@@ -33,6 +33,10 @@ _ZERO_KEYS = (
 _PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class Alone(RecipeError):
+    """This process cannot meet the others, so it speaks for itself, whatever its rank."""
+
+
 def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process trains on the CPU: no GPU, or the launch file says so."""
     import torch
@@ -80,25 +84,43 @@ class Launched:
         return launched
 
 
+def place(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """The numbers that a launcher tells a process; none where it started a single one.
+
+    Raises:
+        Alone: it has not told all, or numbers that cannot be.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
+        return {}  # accelerate's launcher for one process leaves an address behind; the engine looks whether it meant several
+    told = [name for name in _PROCESS if environment.get(name)]
+    if not told:
+        return {}
+    if len(told) < len(_PROCESS):
+        missing = ", ".join(name for name in _PROCESS if name not in told)
+        raise Alone(
+            f"{', '.join(told)} set, but not {missing}: a launcher tells each process all six (DeepSpeed on several nodes needs "
+            "deepspeed_multinode_launcher: standard), and one process without a launcher needs none"
+        )
+    numbers = {name: environment[name] for name in told if name != "MASTER_ADDR"}
+    wrong = [name for name, number in numbers.items() if not number.isdecimal()]
+    numbers = {name: int(number) for name, number in numbers.items() if not wrong}
+    if wrong or not numbers["RANK"] < numbers["WORLD_SIZE"] or not numbers["LOCAL_RANK"] < numbers["LOCAL_WORLD_SIZE"]:
+        wrong = wrong or ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+        given = ", ".join(f"{name}={environment[name]}" for name in wrong)
+        raise Alone(f"a launcher cannot mean {given}: these are whole numbers, and ranks count from 0 to one less than their number")
+    if not 0 < numbers["MASTER_PORT"] < 2**16:
+        raise Alone(f"MASTER_PORT={numbers['MASTER_PORT']} of the launcher is no port: give one from 1 to 65535")
+    return numbers
+
+
 def process_count(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes the launcher has started.
 
     Raises:
-        RecipeError: it has not told this process its place, or it started more than this machine has GPUs.
+        Alone: from `place`.
+        RecipeError: it started more than this machine has GPUs.
     """
-    told = [name for name in _PROCESS if environment.get(name)]
-    if "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
-        return 1  # accelerate's launcher for one process leaves an address behind; the engine looks whether it meant several
-    if told and len(told) < len(_PROCESS):
-        missing = ", ".join(name for name in _PROCESS if name not in told)
-        raise RecipeError(
-            f"{', '.join(told)} set, but not {missing}: a launcher tells each process all six (DeepSpeed on several nodes needs "
-            "deepspeed_multinode_launcher: standard), and one process without a launcher needs none"
-        )
-    try:
-        numbers = {name: int(environment[name]) for name in told if name != "MASTER_ADDR"}
-    except ValueError as error:
-        raise RecipeError(f"a variable of the launcher is no number: {error}") from None
+    numbers = place(environment)
     local = numbers.get("LOCAL_WORLD_SIZE", 1)
     if local > 1 and not uses_cpu(environment):
         import torch

@@ -1,8 +1,11 @@
 """What people see: the groups of parameters, then a bar with rate and time left (plain lines where there is no terminal)."""
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -12,6 +15,35 @@ from tqdm import tqdm
 from lars.optimizer import LARS
 
 _SECONDS_BETWEEN_LINES = 10
+
+
+class _Lasting:
+    """stdout or stderr to which nobody may listen any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_output() -> None:
+    """A reader that goes away (`| head`, a closed terminal, `>&-`) ends what is seen of a run, not the run."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would be stdout
+        continue
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream if isinstance(stream, _Lasting) else _Lasting(stream))
 
 
 class Progress:

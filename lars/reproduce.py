@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +92,20 @@ def reproduce(
     prepare_folder(run, recipe, fresh, say)
     command = launch_command(launch, processes, recipe, overrides)
     say(shlex.join(command))
-    return run, start(command).wait() == 0
+    launcher = start(command)
+    try:
+        return run, launcher.wait() == 0
+    except KeyboardInterrupt:  # it has come to the launcher too, which ends once its run is saved
+        return run, launcher.wait() == 0
+
+
+def why_it_ended(run: Path, began: float) -> str:
+    """What stopped a run that was started at `began`, for the end of a launcher's many lines."""
+    result = read_result(run)
+    if (result.get("heartbeat") or 0) < began:
+        return "its launcher ended with an error before the run began, see `error:` above the launcher's lines"
+    stopped = "stopped by a signal: start the same command again to resume"
+    return stopped if result["status"] == "preempted" else result.get("error", "its launcher ended with an error, see above")
 
 
 def main() -> int:
@@ -106,6 +120,7 @@ def main() -> int:
     say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
     recipes = [Path(r) for r in args.recipes if "=" not in r]
     overrides = [r for r in args.recipes if "=" in r] + ([f"data.path={args.data}"] if args.data else [])
+    began = time.time()
     try:
         file = launch_file(args.launch)
         processes = processes_of(file, args.nproc)
@@ -118,7 +133,7 @@ def main() -> int:
         return 2
     for run, well in ended:
         if not well:
-            say(f"FAIL: the launcher of {run} ended with an error, see above")
+            say(f"error: {run}: {why_it_ended(run, began)}")
     return 0 if good and all(well for _, well in ended) else 1
 
 

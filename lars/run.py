@@ -23,10 +23,14 @@ from lars.config import Recipe, RecipeError, model_files
 from lars.lock import LockLost, RunLock
 from lars.reading import diverged, read_bytes, read_lines, read_object, read_result  # noqa: F401 - for scripts, too
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lars")
 
 _MOST_SAMPLES = 1 << 34  # bytes of ledger.jsonl
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
+
+
+class NotWritten(OSError):
+    """The run folder's disk does not take what the run has to keep; another start goes on once it does."""
 
 
 class RunFolder:
@@ -38,6 +42,8 @@ class RunFolder:
         self.lock = RunLock(self.path)
         self.tracker: Callable[..., None] | None = None  # accelerate's `log`, which sends numbers to all trackers
         self.result: dict[str, Any] = {}
+        self.pending: list[tuple[Path, str]] = []  # lines for which the disk had no room yet
+        self.trouble = ""  # why a write has failed
 
     def open(self, recipe: Recipe, config_file: Path, step: int, evaluation: dict[str, float], facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`.
@@ -98,24 +104,50 @@ class RunFolder:
     def append(self, name: str, line: dict[str, Any]) -> None:
         if self.writes:
             self.lock.check()
-            with open(self.path / name, "a") as stream:
-                stream.write(json.dumps(line) + "\n")
+            self.pending.append((self.path / name, json.dumps(line) + "\n"))
+            self._keep(self._write_lines)
 
     def end(self, status: str, **values: Any) -> None:
-        """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end."""
+        """Write the final `result.json`: finished, preempted or failed. Before `open` there is nothing to end.
+
+        Raises:
+            NotWritten: there is no room for it, nor was there in the seconds after.
+        """
         try:
             if self.writes and self.result:
                 self.result.update(status=status, **values)
-                self._write_result()
+                for wait in (0, 1, 2, 3, 4):  # what failed before may be cleared away in a moment
+                    time.sleep(wait)
+                    if all([self._keep(self._write_lines), self._write_result()]):
+                        break
+                else:
+                    if status != "failed":
+                        raise NotWritten(f"{self.path} takes no more ({self.trouble}): make room and start the same command again")
         except LockLost:  # what stands there is another process's
-            return
-        finally:
-            self.lock.release()
+            pass
+        self.lock.release()
 
-    def _write_result(self) -> None:
+    def _write_result(self) -> bool:
         self.lock.check()
         self.result["heartbeat"] = time.time()
-        write_atomically(self.path / "result.json", json.dumps(self.result, indent=1) + "\n")
+        text = json.dumps(self.result, indent=1) + "\n"
+        return self._keep(lambda: write_atomically(self.path / "result.json", text))
+
+    def _write_lines(self) -> None:
+        while self.pending:
+            _append(*self.pending[0])
+            del self.pending[0]
+
+    def _keep(self, write: Callable[[], None]) -> bool:
+        """Write, or warn that it is kept until there is room again: a full disk costs no step."""
+        try:
+            write()
+            return True
+        except OSError as error:
+            if not self.trouble:
+                log.warning("%s cannot be written (%s): what belongs there is kept until it can", self.path, error.strerror)
+            self.trouble = error.strerror or str(error)
+            return False
 
 
 def position(step: int, plan: BatchPlan, seconds: float, samples_hash: int) -> dict[str, Any]:
@@ -148,6 +180,18 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def _append(path: Path, text: str) -> None:
+    """The whole text or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as stream:
+            stream.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:

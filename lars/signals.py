@@ -1,12 +1,21 @@
-"""Stopping in order: SIGTERM and SIGUSR1 ask a run to drop the step under way, save the last finished one and end."""
+"""Stopping in order: a signal asks a run to drop the step under way, save the last finished one and end."""
 from __future__ import annotations
 
+import math
 import signal
+import time
 
 import torch
 import torch.distributed as dist
 
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: start the same command again to go on
+_ECHO = 1.0  # seconds in which a SIGINT is the same Ctrl-C, come by way of the launcher too
+
+
+def interrupts_end_at_once() -> None:
+    """Until there is something to save, a Ctrl-C ends a script without a traceback, as SIGTERM does."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class StopRequest:
@@ -18,11 +27,19 @@ class StopRequest:
         self._group = group
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self._interrupted = math.inf  # when Ctrl-C came first
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            ignored = signal.getsignal(number) == signal.SIG_IGN  # by `nohup`, or by a shell in the background
+            if not ignored or number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted > _ECHO:  # a second Ctrl-C: end at once
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._interrupted = min(self._interrupted, time.monotonic())
 
     def agreed(self) -> bool:
         """After each pass, by all processes: had one of them been asked by the end of the pass before?

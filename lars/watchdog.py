@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lars.agreement import Peers
+from lars.config import Runtime
 
 GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection
 _AT_ONCE = 4  # ticks that are enough once an exchange has failed
@@ -26,12 +27,13 @@ class Watchdog:
 
     Each process writes a count and where it stands to torch's store, once a second. Time is counted in these ticks, not
     by the clock, so that a suspended machine does not find itself late. One that has not moved for `seconds` looks at all
-    the others: those that wait in an exchange stand in front of the one they wait for.
+    the others: those that wait in an exchange stand in front of the one they wait for. A single process looks at itself.
     """
 
-    def __init__(self, peers: Peers, seconds: float, give_up: Callable[..., None]) -> None:
-        self.peers, self.seconds, self.give_up = peers, seconds, give_up
-        self.tick = min(1.0, seconds / 4)
+    def __init__(self, peers: Peers, runtime: Runtime, give_up: Callable[..., None]) -> None:
+        self.peers, self.seconds, self.give_up = peers, runtime.hang_seconds, give_up
+        self.compiles, self.first = runtime.compile, None  # the first step compiles, for as long as that takes
+        self.tick = min(1.0, self.seconds / 4)
         self.ticks, self.moved = 0, 0  # own ticks so far, and when the main thread last moved
         self.started = False  # no process hangs before its first pass: an engine may take its time to start
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
@@ -39,7 +41,7 @@ class Watchdog:
         self.store_lost_at: int | None = None
         self.talking, self.question = threading.Lock(), None  # the thread that last asked the store
         self.asked, self.ended = threading.Event(), threading.Event()
-        self.thread = None
+        self.store = None
         if peers.processes > 1:
             # a client of its own: the main thread may hold the group's one while it waits
             store = dist.distributed_c10d._get_default_store().clone()
@@ -47,22 +49,22 @@ class Watchdog:
             self.store = dist.PrefixStore("watchdog", store)
             self._sign()
             peers.gather(None)  # from here on there is a sign of everybody
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
 
     def at(self, step: int, part: int) -> None:
         """The main thread has come to a pass (or a part of an evaluation) of a step."""
-        self.place, self.moved, self.started = (step, part), self.ticks, True
+        self.first = step if self.first is None else self.first
+        self.place, self.moved, self.started = (step, part), self.ticks, not self.compiles or step > self.first
 
     def end(self) -> None:
         self.ended.set()
-        if self.thread:
-            self.thread.join()
+        self.thread.join()
 
     def leave(self, reason: str) -> None:
         """Tell the others why this process ends before they do."""
         self.reason = reason
-        if self.thread:
+        if self.store:
             try:
                 self._sign()
             except Exception:  # the store is gone, and with it whoever would read this
@@ -70,7 +72,7 @@ class Watchdog:
 
     def blame(self, error: BaseException) -> str | None:
         """Who is gone, if this error is of an exchange that another process left; it takes some seconds to tell."""
-        if not self.thread or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(f"{type(error)} {error}"):
+        if not self.store or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(f"{type(error)} {error}"):
             return None
         self.asked.set()
         started = self.ticks
@@ -84,14 +86,15 @@ class Watchdog:
         while not self.ended.wait(self.tick):
             self.ticks += 1
             try:
-                self._sign()
+                if self.store:
+                    self._sign()
                 self.store_lost_at = None
             except Exception:
                 self.store_lost_at = self.store_lost_at or self.ticks
             late = self.ticks - self.moved
             if self.asked.is_set() or late < _QUIET:
                 continue
-            if who := self._gone(GONE_AFTER):
+            if self.store and (who := self._gone(GONE_AFTER)):
                 self._complain(who)
             if self.started and late * self.tick > self.seconds:
                 self._complain(self._behind())
@@ -121,7 +124,7 @@ class Watchdog:
         return f"{_ranks(silent)} on {nodes} {'are' if len(silent) > 1 else 'is'} gone or stopped"
 
     def _behind(self) -> str:
-        places = [tuple(sign[1:3]) for sign in self._signs()]
+        places = [tuple(sign[1:3]) for sign in self._signs()] if self.store else [self.place]
         first = min(places)
         return (
             f"no process has moved for {self.seconds:g} s; {_ranks([r for r, place in enumerate(places) if place == first])} of "

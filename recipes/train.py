@@ -32,17 +32,17 @@ from lars.data.order import Audit, Order, samples_hash
 from lars.data.source import BadImages, DataError
 from lars.engine import Engine, build_model, build_optimizer, start_engine
 from lars.evaluate import evaluate
-from lars.launched import Launched, process_count
+from lars.launched import Alone, Launched
 from lars.lock import LockLost
 from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
-from lars.progress import Progress, group_table
+from lars.progress import Progress, group_table, outlive_output
 from lars.reduction import StepSums
 from lars.refusal import hidden
 from lars.resume import finished, resume
-from lars.run import RunFolder, position, sources, versions
+from lars.run import NotWritten, RunFolder, position, sources, versions
 from lars.schedule import Schedule
-from lars.signals import EXIT_STOPPED, StopRequest
+from lars.signals import EXIT_STOPPED, StopRequest, interrupts_end_at_once
 from lars.watchdog import Watchdog
 
 
@@ -52,7 +52,7 @@ class Training:
     def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers) -> None:
         self.recipe, self.config_file, self.launched, self.peers, self.rank = recipe, config_file, launched, peers, peers.rank
         self.folder = RunFolder(recipe, writes=self.rank == 0)
-        self.watchdog = Watchdog(peers, recipe.runtime.hang_seconds, partial(self.folder.end, "failed"))
+        self.watchdog = Watchdog(peers, recipe.runtime, partial(self.folder.end, "failed"))
         self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
         self.lacking: Exception | None = None  # why this process has no samples
@@ -68,8 +68,11 @@ class Training:
         peers.agree({**shared, **sources(self.config_file), **versions()})
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         peers.together(self.folder.lock.acquire if self.rank == 0 else lambda: None)
+        if end := finished(peers, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
+            self.say(end)
+            return False
         self.engine = start_engine(recipe, self.launched)
-        self.stop = StopRequest(peers.group)  # until here SIGTERM ends the processes at once
+        self.stop = StopRequest(peers.group)  # until here a signal ends the processes at once
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.model, ghosts = build_model(recipe)
@@ -78,9 +81,6 @@ class Training:
         if state:
             self.step, self.samples_hash, self.bad_images = state.step, state.samples_hash, state.bad_images
             self.seconds, self.evaluation = state.seconds, state.evaluation
-        if end := finished(peers, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
-            self.say(end)
-            return False
         self.engine.prepare(self.model, ghosts)
         optimizer = build_optimizer(recipe, self.model)
         groups = group_table(self.model, optimizer)
@@ -257,16 +257,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="with --check: the process count to check for")
     parser.add_argument("overrides", nargs="*", help="key=value", metavar="key=value")
     args = parser.parse_args(arguments)
-    first = int(os.environ.get("RANK", 0)) == 0
+    outlive_output()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    recipe, launched, checked, refused, training = None, None, None, None, None
+    first, recipe, launched, checked, refused, training = os.environ.get("RANK", "0") == "0", None, None, None, None, None
     try:
-        processes = process_count()
         try:
             recipe = config.load(args.config, args.overrides)
             config.import_model_file(args.config.parent)
             launched = Launched.read(recipe)
-            asked = processes if args.processes is None else args.processes
+            asked = launched.processes if args.processes is None else args.processes
             checked = check(recipe, launched.engine, asked) if first or args.check else None
         except RecipeError as error:
             refused = error
@@ -277,12 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         training = Training(recipe, args.config, launched, Peers.meet(refused))
         return training.train() if training.setup(checked) else 0
-    except (RecipeError, ShardingError, DataError, LockLost) as error:
-        if first:
+    except (RecipeError, ShardingError, DataError, LockLost, NotWritten) as error:
+        if first or isinstance(error, Alone):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if training is not None:
             training.ended(str(error))
-        return 1 if isinstance(error, (DataError, LockLost)) else 2
+        return 1 if isinstance(error, (DataError, LockLost, NotWritten)) else 2
     except BaseException as error:
         who = training and training.watchdog.blame(error)
         if training is not None:
@@ -296,4 +295,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    interrupts_end_at_once()
     sys.exit(main())

@@ -26,7 +26,7 @@ from lars.cost import (
     ring_seconds,
     step_of,
 )
-from lars.plan import Plan, choose_passes, draw, main, make_plan, with_devices
+from lars.plan import Plan, choose_passes, main, make_plan, with_devices
 
 CLUSTERS = sorted((ROOT / "launch/clusters").glob("*.yaml"))
 RESNET = ROOT / "recipes/resnet50/lars-b32k-90ep.yaml"

@@ -23,7 +23,7 @@ def fork(work: Callable[[], None]) -> int:
         return child
     status = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         if _prctl and lasting:  # the kernel counts the end of the thread that forked, and its SIGKILL reaches a stopped process too
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

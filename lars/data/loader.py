@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -125,6 +126,8 @@ class Loader:
         slots = max(3, -(-2 * workers * together // most) + 2)
         self.stop: Callable[[], bool] = lambda: False
         self.waited = 0.0  # seconds in which the training process had to wait for a batch
+        # seconds without any news that are too many: a read may be tried again for so long, and the watchdog ends the run later
+        self.silent, self.patience = 0, (recipe.data.retry_seconds + recipe.runtime.hang_seconds) / 2
         self.cuda = device is not None and device.type == "cuda"
         self.shared = Shared(slots, most, recipe.model.image_size, max(ARENA, 4 * workers * 2**20))
         self.pipes = Pipes()
@@ -198,8 +201,10 @@ class Loader:
         if not poll.poll(1000):
             if self.stop():
                 raise InterruptedError("stopped while waiting for data")
+            self.silent += 1  # counted, not measured: a machine that was suspended is not late
             self._check_children()
             return
+        self.silent = 0
         what, *facts = NEWS.unpack(os.read(self.pipes.news[0], NEWS.size))
         if what == DONE:
             number, slot, samples = facts
@@ -219,5 +224,11 @@ class Loader:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
                 self.failure = self.next, DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers")
                 return
+        if self.silent > self.patience:
+            states = {child: psutil.Process(child).status() for child in self.children}
+            # who only waits for work sleeps; where all do, the reader waits for the data
+            standing = [child for child, state in states.items() if state != psutil.STATUS_SLEEPING] or list(self.children)[:1]
+            named = ", ".join(f"{self.children[child]} process {child} ({states[child]})" for child in standing)
+            self.failure = self.next, DataError(f"the loader has delivered nothing for {self.silent} s: {named} stands still")
 
 
