@@ -1,6 +1,7 @@
 """The run folder: what a run was, how far it is, and the hashes by which a stranger checks it."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from lars.reading import diverged, read_bytes, read_lines, read_object, read_res
 
 log = logging.getLogger("lars")
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MOST_SAMPLES = 1 << 34  # bytes of ledger.jsonl
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "datasets", "pyarrow", "numpy", "pillow")
 
@@ -79,6 +81,8 @@ class RunFolder:
             for name in ("metrics.jsonl", "ledger.jsonl"):
                 _cut_back(self.path / name, step, evaluated=evaluation.get("step") == step)
             self._write_result()
+        except NotWritten as error:
+            raise RecipeError(str(error)) from None
         except OSError as error:
             raise RecipeError(f"{self.path} cannot be written ({error}): give another run_dir=...") from None
 
@@ -123,8 +127,9 @@ class RunFolder:
                 else:
                     if status != "failed":
                         raise NotWritten(f"{self.path} takes no more ({self.trouble}): make room and start the same command again")
-        except LockLost:  # what stands there is another process's
-            pass
+        except (LockLost, NotWritten) as error:  # without the lock, what stands there is another process's
+            if isinstance(error, NotWritten) and status != "failed":
+                raise
         self.lock.release()
 
     def _write_result(self) -> bool:
@@ -139,11 +144,17 @@ class RunFolder:
             del self.pending[0]
 
     def _keep(self, write: Callable[[], None]) -> bool:
-        """Write, or warn that it is kept until there is room again: a full disk costs no step."""
+        """Write, or warn that it is kept until there is room again: a full disk costs no step.
+
+        Raises:
+            NotWritten: it is not room that is lacking.
+        """
         try:
             write()
             return True
         except OSError as error:
+            if error.errno not in _FULL:
+                raise NotWritten(f"{self.path} cannot be written ({error}): give another run_dir=...") from None
             if not self.trouble:
                 log.warning("%s cannot be written (%s): what belongs there is kept until it can", self.path, error.strerror)
             self.trouble = error.strerror or str(error)

@@ -1,6 +1,6 @@
 """What is promised against broken and hostile input. Each row is a test, and a line of docs/hostile.md.
 
-`python -m tests.hostile.promises` writes that page; `test_page.py` compares it with the tests.
+`python -m tests.hostile.promises` writes that page; `test_promises.py` compares it with the tests.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ written or lost. `make test` runs all rows but those marked (long), which `make 
 
 
 class Promise(NamedTuple):
+    file: str
     area: str
     given: str
     promised: str
@@ -39,7 +40,8 @@ def promised(area: str, *rows: tuple, arguments: str = "", long: bool = False) -
         arguments: names of those arguments of the test, as in "override, words"; without them there is one row.
         long: the tests belong to `make test-long`.
     """
-    PROMISES.extend(Promise(area, given, what, long) for given, what, *_ in rows)
+    file = sys._getframe(1).f_globals["__name__"]
+    PROMISES.extend(Promise(file, area, given, what, long) for given, what, *_ in rows)
 
     def mark(test: Callable) -> Callable:
         marked = pytest.mark.long(test) if long else test
@@ -59,7 +61,7 @@ def page() -> str:
         sys.path.insert(0, str(path))
     for file in sorted(HERE.glob("test_*.py")):
         importlib.import_module(file.stem)
-    rows = importlib.import_module("promises").PROMISES  # the tests import this file by its name
+    rows = sorted(importlib.import_module("promises").PROMISES, key=lambda row: row.file)  # the tests import it by its name
     lines = [HEAD]
     for area in dict.fromkeys(promise.area for promise in rows):
         lines += [f"\n## {area}\n", "| given | promised |", "| --- | --- |"]

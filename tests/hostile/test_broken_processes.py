@@ -1,6 +1,7 @@
 """Signals, suspension, closed output, full disks, wrong launchers: real processes, and real signals to them."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -264,7 +265,7 @@ def test_an_ignored_signal(number: int, tmp_path: Path) -> None:
 
 @promised("Processes", ("Ctrl-C or a closed terminal, which reach a run's whole process group", "its loader's processes leave them to the run"))
 def test_children_ignore_signals(tmp_path: Path) -> None:
-    from lars.data.processes import fork
+    from lars.data.forked import fork
 
     child = fork(lambda: (tmp_path / "there").touch() or time.sleep(60))
     try:
@@ -495,7 +496,8 @@ def test_half_a_line(tmp_path: Path) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    assert read_lines(tmp_path / "run/metrics.jsonl") == [{"kind": "train", "words": "a" * 900, "step": step} for step in range(12)]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"kind": "train", "words": "a" * 900, "step": step} for step in range(12)]
     assert read_result(tmp_path / "run")["status"] == "finished"
 
 
