@@ -58,7 +58,9 @@ class Index:
     @cached_property
     def content(self) -> Content:
         """What has been read so far: made once, before the first reader is forked from this process."""
-        return Content(len(self.rows))
+        content = Content(len(self.rows))
+        content.known[self.rows == 0] = 1  # nobody reads what holds nothing
+        return content
 
     def place(self, group: int) -> str:
         """A row group, for messages."""
