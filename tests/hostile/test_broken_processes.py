@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,6 +537,7 @@ def limited(folder: Path) -> None:
 def test_wrong_variables(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(agreement, "_UNKNOWN", 1)
     monkeypatch.setattr(agreement, "_MUTE", 2)
+    monkeypatch.setattr(agreement, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in SIX:
         monkeypatch.delenv(name, raising=False)
