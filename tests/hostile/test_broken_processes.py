@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -531,13 +532,14 @@ def limited(folder: Path) -> None:
     ("MASTER_PORT=0", "refused", {**SIX, "MASTER_PORT": "0"}, "MASTER_PORT=0 of the launcher is no port"),
     ("MASTER_PORT=70000", "refused", {**SIX, "MASTER_PORT": "70000"}, "from 1 to 65535"),
     ("a MASTER_ADDR that does not resolve", "refused after 30 seconds", {**SIX, "MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR=no.such.host.invalid"),
-    ("a MASTER_PORT that another program holds, on rank 0", "refused", {**SIX, "MASTER_PORT": "taken"}, "is no place to meet"),
+    ("a MASTER_PORT that another program holds, on rank 0", "refused", {**SIX, "MASTER_PORT": "taken"}, "address already in use"),
     ("a program that never answers at MASTER_PORT, on another rank", "refused after a minute", {**SIX, "RANK": "1", "MASTER_PORT": "taken"}, "does not answer"),
     arguments="variables, words",
 )
 def test_wrong_variables(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(agreement, "_UNKNOWN", 1)
     monkeypatch.setattr(agreement, "_MUTE", 2)
+    monkeypatch.setattr(agreement, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in SIX:
         monkeypatch.delenv(name, raising=False)
