@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -417,6 +418,12 @@ def without_a_signature(file: Path) -> None:
     file.write_bytes(content[: -8 - 28] + length.to_bytes(4, "little") + b"PAR1")
 
 
+def renamed(file: Path) -> None:
+    content = file.read_bytes()
+    length = int.from_bytes(content[-8:-4], "little") + 8
+    file.write_bytes(content[:-length] + content[-length:].replace(b"path", b"p\xffth"))
+
+
 def nulls(rows: int) -> pa.Array:
     return pa.array([None if i == 3 else 1 for i in range(rows)], pa.int64())
 
@@ -428,7 +435,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "images that are no struct": (with_columns(image=pa.array([b"x"] * 5), label=pa.array([1] * 5)), "not an image"),
     "two columns of one name": (twice, "has several columns data.label_column=label"),
     "encrypted columns": (encrypt(True), "has encrypted columns, and no key can be given"),
-    "encrypted columns and no signature": (without_a_signature, "pyarrow breaks down over its footer"),
+    "a column name that is no text": (renamed, "is not a readable Parquet file: .*decode"),
     "an encrypted footer": (encrypt(False), "is encrypted, and no key can be given"),
     "bytes missing before the footer": (without_the_middle, "is damaged or cut off: row group 0 should lie at bytes"),
     "half of the file": (lambda file: os.truncate(file, file.stat().st_size // 2), "is not a Parquet file"),
@@ -443,6 +450,20 @@ def test_a_parquet_file_of_another_kind(what: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=words) as error:
         build_indexes(load(tmp_path / "data").data, 10)
     assert "\n" not in str(error.value)
+
+
+@promised("Parquet", ("a file with encrypted columns that nothing else betrays, over which pyarrow ends its process", "refused"))
+def test_a_footer_that_pyarrow_does_not_survive(tmp_path: Path) -> None:
+    without_a_signature(write(tmp_path / "data") / "train-0.parquet")
+
+    def refused() -> None:
+        with pytest.raises(RecipeError, match="train-0.parquet is not a readable Parquet file: pyarrow breaks down over its footer"):
+            build_indexes(load(tmp_path / "data").data, 10)
+
+    process = multiprocessing.get_context("fork").Process(target=refused)  # not the one of the tests
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @promised("Parquet", ("null labels that the footer does not tell", "the run stops with the same line when they are read"))
