@@ -8,6 +8,7 @@ kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find
 """
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -22,12 +23,32 @@ PASSED, FAILED = 0, 1  # exit statuses of pytest, and of the fuzz
 MOST_MINUTES = 15
 
 
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["torch", "timm", "accelerate", "datasets", "deepspeed", "pytest"])  # never lars, nor its tests
+
+
 def run(mend: dict[str, str], tree: Path) -> int:
     """The exit status of a mend's test with the sources of `tree`."""
-    fuzz = ["tests.hostile.fuzz", "--until-found", "--minutes", str(MOST_MINUTES), "--kinds", *mend.get("fuzz", "").split()]
-    test = fuzz if "fuzz" in mend else ["pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", mend["test"]]
-    variables = {**os.environ, "PYTHONPATH": str(tree)}
-    return subprocess.run([sys.executable, "-m", *test], cwd=tree, env=variables, capture_output=True).returncode
+    if "fuzz" in mend:
+        fuzz = ["tests.hostile.fuzz", "--until-found", "--minutes", str(MOST_MINUTES), "--kinds", *mend["fuzz"].split()]
+        variables = {**os.environ, "PYTHONPATH": str(tree)}
+        return subprocess.run([sys.executable, "-m", *fuzz], cwd=tree, env=variables, capture_output=True).returncode
+    child = CHILDREN.Process(target=_pytest, args=(str(tree), mend["test"]))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def _pytest(tree: str, test: str) -> None:
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = tree
+    sys.path.insert(0, tree)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    import pytest
+
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", test]))
 
 
 def passes(mend: dict[str, str], tree: Path, known: dict[str, bool]) -> bool:

@@ -1,0 +1,81 @@
+"""`python -m tests.benchmarks.content [--json]`: what hashing each row group costs the loader.
+
+CPU time of a whole loader, its reader and its decoder included, that makes 224-pixel training views of photographs: with
+SHA-256, and with a stand-in that hashes nothing, in turn. Figures are minima over rounds: other work only adds.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import resource
+import tempfile
+from pathlib import Path
+
+from lars import config
+from lars.data import reader
+from lars.data.index import build_indexes
+from lars.data.loader import training_batches
+from lars.data.order import Order
+from lars.run import commit
+from tests.benchmarks import photos
+
+ROUNDS, IMAGES, BATCH = 10, 1024, 64
+RECIPE = Path(__file__).parents[2] / "recipes/resnet50/lars-b32k-90ep.yaml"
+
+
+class _Nothing:
+    """The control: `hashlib.sha256` without its work."""
+
+    def __init__(self, data: bytes) -> None:
+        pass
+
+    def digest(self) -> bytes:
+        return bytes(32)
+
+
+def spent(recipe: config.Recipe, sha256: type) -> float:
+    """Seconds of CPU time for one epoch of a loader, from its start to its end."""
+    reader.hashlib = type("hashlib", (), {"sha256": sha256})  # before the reader's process is forked
+    index, _ = build_indexes(recipe.data, recipe.model.num_classes)
+    began = _cpu_time()
+    order = Order(index, 0, BATCH, BATCH)
+    batches = training_batches(order, index, recipe, [range(BATCH)], 0, IMAGES // BATCH)
+    for _ in batches:
+        continue
+    batches.close()
+    return _cpu_time() - began
+
+
+def _cpu_time() -> float:
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Milliseconds of CPU time an image, with and without the hash."""
+    photos.write(folder, IMAGES)
+    batch = (f"global_batch={BATCH}", f"bn_group={BATCH}", f"runtime.micro_batch={BATCH}", "data.workers=1")
+    recipe = config.load(RECIPE, [f"data.path={folder}", f"model.num_classes={photos.CLASSES}", *batch])
+    rounds = [(spent(recipe, hashlib.sha256), spent(recipe, _Nothing)) for _ in range(ROUNDS)]
+    return {name: min(times) / IMAGES * 1e3 for name, times in zip(("with hash", "without"), zip(*rounds))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        best = measure(Path(temporary))
+    result = {
+        "milliseconds_an_image": {key: round(value, 4) for key, value in best.items()},
+        "ratio": round(best["with hash"] / best["without"], 4),
+        "commit": commit(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(result, indent=1) if args.json else result)
+
+
+if __name__ == "__main__":
+    main()
