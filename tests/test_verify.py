@@ -157,11 +157,14 @@ def test_the_committed_seeds_say_what_they_ran(name: str) -> None:
 
 
 @pytest.mark.long
-def test_the_command_trains_the_runs_own_recipe_again(tiny_runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """The run's overrides are found in its config.yaml; one process verifies what two did."""
+def test_the_command_trains_the_runs_own_recipe_again(
+    tiny: tuple[str, ...], tiny_runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The run's overrides are found in its config.yaml, its data are given; one process verifies what two did."""
     monkeypatch.chdir(ROOT)
     shutil.rmtree(ROOT / "runs/verify/demo", ignore_errors=True)
-    assert main([str(tiny_runs[2]), "--recipe", str(DEMO / "resnet50.yaml"), "--steps", "2", "--launch", "cpu-1", "trackers=[]"]) == 0
+    from_here = ["--recipe", str(DEMO / "resnet50.yaml"), "--data", tiny[0].removeprefix("data.path=")]
+    assert main([str(tiny_runs[2]), *from_here, "--steps", "2", "--launch", "cpu-1", "trackers=[]"]) == 0
     assert "SAME RUN: the first 2 of 24 steps, bit for bit" in capfd.readouterr().out
     shutil.rmtree(ROOT / "runs/verify/demo")
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from recipes import train  # first: it pins the instruction set before torch is imported
 
-from lars.data import loader, processes  # noqa: E402
+from lars.data import forked, loader  # noqa: E402
 
 
 def fork_from_a_new_thread(work: Callable[[], None]) -> int:
-    """What `processes.fork` does; the child never leaves that call."""
+    """What `forked.fork` does; the child never leaves that call."""
     children: list[int] = []
-    thread = threading.Thread(target=lambda: children.append(processes.fork(work)))
+    thread = threading.Thread(target=lambda: children.append(forked.fork(work)))
     thread.start()
     thread.join()
     return children[0]

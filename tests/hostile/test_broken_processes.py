@@ -435,7 +435,7 @@ def test_room_counts_what_is_there(tiny_runs: dict[int, Path], tiny: tuple[str, 
 
 
 def fill(folder: Path, size: str, free_again: bool) -> None:
-    """A disk that somebody else fills after the second step, before the first checkpoint, and clears after the sixth."""
+    """A disk that somebody else fills after the second step, before the first checkpoint, and clears once the run has met it."""
     from recipes.train import Training
 
     small_disk(folder, size)
@@ -449,8 +449,8 @@ def fill(folder: Path, size: str, free_again: bool) -> None:
                         continue
                 except OSError:
                     pass
-        if self.step == 6 and free_again:
-            (folder / "foreign").unlink()
+        if self.folder.trouble and free_again:
+            (folder / "foreign").unlink(missing_ok=True)
         log_step(self, *values)
 
     Training.log_step = filling
