@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from torch import nn
+
 from lars import checkpoint, pretrained, trackers
 from lars.batch import BatchPlan
-from lars.checkpoint import check_room
 from lars.config import Recipe, RecipeError
 from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
@@ -17,6 +19,7 @@ from lars.data.reader import check_memory
 from lars.engine import build_model, build_optimizer
 from lars.launched import uses_cpu
 from lars.memory import memory_line
+from lars.reading import read_result
 
 log = logging.getLogger("lars")
 
@@ -64,3 +67,21 @@ def _can_be_written(run: Path) -> None:
         for folder in reversed(made):
             with suppress(OSError):  # somebody uses it by now
                 folder.rmdir()
+
+
+def check_room(run: Path, keep: int, model: nn.Module) -> None:
+    """Before a run: its disk must have room for `keep` checkpoints and the one that is being written.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    if read_result(run).get("status") == "finished":  # nothing more may be asked of it
+        return
+    size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *model.parameters()))  # and its momentum
+    there = sum(file.stat().st_size for kept in checkpoint.saved(run) for file in kept.iterdir())
+    free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
+    if there + free < (keep + 1) * size:
+        raise RecipeError(
+            f"{run} has room for {free / 2**20:,.0f} MiB, but {keep + 1} checkpoints (checkpoint.keep={keep}, and the one that is "
+            f"being written) take {(keep + 1) * size / 2**20:,.0f}: make room, lower checkpoint.keep or give another run_dir=..."
+        )

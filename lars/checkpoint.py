@@ -3,8 +3,7 @@
 A checkpoint is a folder `checkpoints/step-<n>` with `model.safetensors` (weights and batch-norm statistics),
 `momentum.safetensors` (by parameter name; a weight with two names stands there once), `state.json`, which has the
 SHA-256 of both, and `state.sha256`, which has that of `state.json`. It is written beside its place, synced and renamed, so
-that one that has its name is whole unless the disk itself lost something; that the hashes show. `checkpoints/latest` names
-the newest.
+that one that has its name is whole unless the disk itself lost something; that the hashes show. `latest` names the newest.
 """
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from lars.config import Checkpoint, Recipe, RecipeError, one_line, trajectory
 from lars.lock import LockLost
-from lars.reading import open_regular, read_bytes, read_result
+from lars.reading import open_regular, read_bytes
 from lars.run import NotWritten, write_atomically
 
 log = logging.getLogger(__name__)
@@ -164,24 +163,6 @@ class CheckpointWriter:
             self._put_aside(target)
             raise OSError(f"it does not read back as it was written ({why})")
         self.whole.add(target)
-
-
-def check_room(run: Path, keep: int, model: nn.Module) -> None:
-    """Before a run: its disk must have room for `keep` checkpoints and the one that is being written.
-
-    Raises:
-        RecipeError: it has not.
-    """
-    if read_result(run).get("status") == "finished":  # nothing more may be asked of it
-        return
-    size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *model.parameters()))  # and its momentum
-    there = sum(file.stat().st_size for checkpoint in saved(run) for file in checkpoint.iterdir())
-    free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
-    if there + free < (keep + 1) * size:
-        raise RecipeError(
-            f"{run} has room for {free / 2**20:,.0f} MiB, but {keep + 1} checkpoints (checkpoint.keep={keep}, and the one that is "
-            f"being written) take {(keep + 1) * size / 2**20:,.0f}: make room, lower checkpoint.keep or give another run_dir=..."
-        )
 
 
 def saved(run: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lars import checkpoint, pretrained
-from lars.agreement import Peers
+from lars.peers import Peers
 from lars.config import Recipe, RecipeError, fixing, one_line
 from lars.reading import flatten_run, read_result
 from lars.run import changed_sources, source_sha256, unwrapped_name

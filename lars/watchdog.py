@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lars.agreement import Peers
+from lars.peers import Peers
 from lars.config import Runtime
 
 GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection

@@ -22,7 +22,7 @@ portable.pin(sys.argv[1:])  # before anything imports torch, which reads its ins
 import torch
 from accelerate.utils import gather, gather_object
 from lars import ShardingError, bind, checkpoint, trackers
-from lars.agreement import Peers, same_content, same_data, same_weights, strength
+from lars.agreement import same_content, same_data, same_weights, strength
 from lars.batch import BatchPlan
 from lars.check import check
 from lars.config import Recipe, RecipeError
@@ -36,6 +36,7 @@ from lars.launched import Alone, Launched
 from lars.lock import LockLost
 from lars.mllog import EVALUATE_EVERY, MLLog
 from lars.nonfinite import explain_nonfinite
+from lars.peers import Peers
 from lars.progress import Progress, group_table, outlive_output
 from lars.reduction import StepSums
 from lars.refusal import hidden

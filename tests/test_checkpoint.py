@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lars.agreement import Peers
+from lars.peers import Peers
 from lars.checkpoint import CheckpointWriter, State, aliases, claims, load_weights, read, saved
 from lars.config import Checkpoint, RecipeError
 from lars.resume import Found, newest_checkpoint

@@ -18,7 +18,7 @@ from PIL import Image
 
 from conftest import DEMO, play, start_ranks
 from data.server import serve
-from lars.agreement import Peers
+from lars.peers import Peers
 from lars.resume import newest_checkpoint
 from lars.run import read_lines, read_result
 

@@ -21,7 +21,7 @@ from torch import nn
 from conftest import DEMO, ROOT, play, start_ranks
 from data.server import serve
 from lars import checkpoint, config, ledger, report, verify
-from lars.agreement import Peers
+from lars.peers import Peers
 from lars.checkpoint import CheckpointWriter, State, saved
 from lars.config import Checkpoint, RecipeError
 from lars.mllog import seconds_to_target

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,8 @@ import pytest
 from promises import promised
 
 from conftest import DEMO, RANKS, ROOT, Ranks, launch_line, play, start_ranks
-from lars import agreement, checkpoint, config, reproduce
+from lars import checkpoint, config, peers, reproduce
+from lars.check import check_room
 from lars.config import RecipeError
 from lars.run import read_lines, read_result
 from lars.signals import StopRequest
@@ -423,15 +425,15 @@ def test_room_counts_what_is_there(tiny_runs: dict[int, Path], tiny: tuple[str, 
     from lars.engine import build_model
 
     model = build_model(config.load(RECIPE, list(tiny)))[0]
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    checkpoint.check_room(tiny_runs[1], 2, model)  # finished
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    check_room(tiny_runs[1], 2, model)  # finished
     (tmp_path / "checkpoints").symlink_to(tiny_runs[1] / "checkpoints")
     kept = len(checkpoint.saved(tmp_path))
     with pytest.raises(RecipeError, match="has room for 0 MiB, but"):
-        checkpoint.check_room(tmp_path, kept, model)
+        check_room(tmp_path, kept, model)
     size = sum(file.stat().st_size for file in checkpoint.saved(tmp_path)[0].iterdir())
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-    checkpoint.check_room(tmp_path, kept, model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    check_room(tmp_path, kept, model)
 
 
 def fill(folder: Path, size: str, free_again: bool) -> None:
@@ -459,7 +461,6 @@ def fill(folder: Path, size: str, free_again: bool) -> None:
 def copy_out(folder: Path, target: Path, size: str, free_again: bool) -> None:
     """`fill`, and when the run has ended, its folder where the test can see it."""
     import atexit
-    import shutil
     from multiprocessing import util
 
     fill(folder, size, free_again)
@@ -537,9 +538,9 @@ def limited(folder: Path) -> None:
     arguments="variables, words",
 )
 def test_wrong_variables(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(agreement, "_UNKNOWN", 1)
-    monkeypatch.setattr(agreement, "_MUTE", 2)
-    monkeypatch.setattr(agreement, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
+    monkeypatch.setattr(peers, "_UNKNOWN", 1)
+    monkeypatch.setattr(peers, "_MUTE", 2)
+    monkeypatch.setattr(peers, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in SIX:
         monkeypatch.delenv(name, raising=False)
