@@ -2,6 +2,7 @@
 # LAUNCH=cpu-2 NPROC=2 DATA=folder-or-Hub-id ARGS='key=value ...' FRESH=1 (start over).
 PYTHON ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
+COMMIT = $(shell git describe --always --dirty --abbrev=40)
 REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
@@ -31,10 +32,10 @@ test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m pytest -m long -n 2 --dist loadfile -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
-	bash -o pipefail -c 'bash tests/environments.sh $(PYTHON) | tee tests/environments.log'
+	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
 
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
 	$(PYTHON) tests/distributed/parity.py
@@ -50,10 +51,10 @@ tables: $(SETUP)  ## write the READMEs' tables and the study's figures from reci
 	$(PYTHON) recipes/study/summary.py
 
 chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undisturbed one; the log is committed
-	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
 
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
-	bash -o pipefail -c '(git describe --always --dirty --abbrev=40; $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
