@@ -70,8 +70,9 @@ def read_bytes(file: Path, most: int = _MOST_LINES) -> bytes | None:
     if (stream := open_regular(file)) is None:
         return None
     with stream:
-        content = stream.read(most + 1) if os.fstat(stream.fileno()).st_size <= most else None
-    if content is None or len(content) > most:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(size) if size <= most else None  # Python takes the memory for as many bytes as it is asked for
+    if content is None:
         raise RecipeError(f"{file} has more than {most:,} bytes, which no run writes")
     return content
 

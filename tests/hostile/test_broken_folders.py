@@ -25,7 +25,7 @@ from lars.peers import Peers
 from lars.checkpoint import CheckpointWriter, State, saved
 from lars.config import Checkpoint, RecipeError
 from lars.mllog import seconds_to_target
-from lars.reading import is_name, read_config, read_lines, read_result
+from lars.reading import is_name, read_bytes, read_config, read_lines, read_result
 from lars.resume import finished, resume
 from lars.run import RunFolder, _cut_back, source_sha256
 from promises import promised
@@ -873,3 +873,9 @@ def test_a_resume_on_an_altered_folder(
     found, said = start_again(run, tiny, "max_steps=3")
     assert found == status and words in said and "Traceback" not in said, said
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == (status == 2)
+
+
+@promised("A run folder that is resumed", ("a short file where a long one is allowed", "takes the memory of its own length"))
+def test_a_short_file_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert read_bytes(tmp_path / "metrics.jsonl", most=1 << 50) == b"{}\n"
