@@ -231,9 +231,10 @@ def _state(checkpoint: Path) -> State:
         raise ValueError(f"state.json is of step {state.step}")
     if set(state.files) != set(_FILES):
         raise ValueError(f"state.json does not list {' and '.join(_FILES)}")
-    whole = set(state.evaluation) in (set(), {"step", "top1", "top5"})
-    if not whole or not isinstance(state.made.get("environment", {}), dict):
-        raise ValueError("state.json: evaluation or made is not what a run writes")
+    batch, whole = state.trajectory.get("global_batch"), set(state.evaluation) in (set(), {"step", "top1", "top5"})
+    counted = not isinstance(batch, int) or 0 <= state.bad_images <= state.step * batch
+    if not whole or not counted or not isinstance(state.made.get("environment", {}), dict):
+        raise ValueError("state.json: bad_images, evaluation or made is not what a run writes")
     return state
 
 

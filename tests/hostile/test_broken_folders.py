@@ -573,6 +573,7 @@ PASSED_OVER = "damaged: passed over with a warning, the one before is taken"
     ("a list of files that climbs out", PASSED_OVER, {"files": {f"../{MODEL}": "0", MOMENTUM: "0"}}),
     ("a file's hash that is a number", PASSED_OVER, {"files": {MODEL: 5, MOMENTUM: 5}}),
     ("a trajectory that is a list", PASSED_OVER, {"trajectory": []}),
+    ("more bad images than it has read", PASSED_OVER, {"bad_images": 10**30}),
     ("an evaluation that is null", PASSED_OVER, {"evaluation": None}),
     ("an evaluation without top-1", PASSED_OVER, {"evaluation": {"step": 2}}),
     ("an evaluation of texts", PASSED_OVER, {"evaluation": {"step": 2, "top1": "x", "top5": "y"}}),
