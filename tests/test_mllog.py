@@ -44,6 +44,7 @@ def test_the_committed_log_passes_and_spoiled_ones_do_not(tmp_path: Path) -> Non
     assert not check(late)[0]
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     overrides = (*tiny, *CLOSED, "runtime.micro_batch=48", "epochs=9", f"run_dir={run}", "checkpoint.every_steps=30")

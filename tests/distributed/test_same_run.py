@@ -219,7 +219,7 @@ def keep_kernels_of_this_processor() -> None:
         "runtime.activation_checkpointing=true",
         "runtime.micro_batch=96",
         pytest.param("runtime.compile=true", marks=pytest.mark.long),
-        "precision=bf16",
+        pytest.param("precision=bf16", marks=pytest.mark.long),
     ],
 )
 def test_what_is_for_speed_takes_the_same_step_up_to_rounding(key: str, tmp_path: Path, tiny: tuple[str, ...]) -> None:
