@@ -50,6 +50,12 @@ def test_the_committed_seeds_are_whole_runs_of_one_data_set(name: str) -> None:
     assert 50 < low < high < 100
 
 
+def test_the_ledger_holds_seeds_alone() -> None:
+    """Whatever calls `lars.ledger` for a test must not leave its run among those that were really trained."""
+    runs = [file.parent for file in (ROOT / "recipes").rglob("result.json")]
+    assert runs and [run for run in runs if not run.name.startswith("seed-")] == []
+
+
 def test_verdicts(tmp_path: Path) -> None:
     low, high = expected_interval([r["top1"] for r in committed_results("demo/resnet50")])
     good, text = verdict(run_with(tmp_path / "good", status="finished", top1=(low + high) / 2))

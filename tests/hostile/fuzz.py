@@ -181,6 +181,8 @@ def folders(dice: random.Random, stage: Path, folder: Path) -> str | None:
     kept = folder / "kept"
     with contextlib.suppress(OSError, shutil.Error):
         shutil.copytree(run, kept, symlinks=True, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_fifo()])
+    ledger.RECIPES = folder / "recipes"  # the ledger writes, and this repository's holds what was really trained
+    (ledger.RECIPES / "demo").mkdir(parents=True)
     for tool, arguments in ((report.main, [str(kept)]), (ledger.main, [str(kept)])):
         if wrong := in_order(*quietly(tool, arguments), (0, 1, 2)):
             # a report of a run that failed ends with 1 and a table, not with a line
