@@ -1,6 +1,6 @@
 """What Parquet footers say: where the bytes of row groups lie, what they take in memory, which labels they hold.
 
-pyarrow ends its whole process on some damaged footers (one in 400 that had a byte or two changed), and on encrypted columns.
+pyarrow ends its whole process on some damaged footers, and on encrypted columns.
 So a child looks at them, and what kills it is told in one line.
 """
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import pickle
 import resource
 import signal
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError, one_line
+from lars.data.forked import fork
 from lars.data.source import Source
 
 _SIGNATURE = 28  # bytes that follow the metadata of a file with encrypted columns
@@ -74,20 +74,17 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
         RecipeError: one is damaged, or not of images and class numbers.
     """
     inlet, outlet = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of the parent: the child uses none of what they may hold
-        child = os.fork()
-    if not child:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of C++ help nobody, nor does its memory on the disk
-            faulthandler.disable()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            with os.fdopen(outlet, "wb") as stream:
-                for name, raw, state in zip(names, footers, states):
-                    pickle.dump(_described(name, raw, int(state.split()[0]), data), stream)
-                    stream.flush()
-        finally:
-            os._exit(0)
+
+    def look() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of C++ help nobody, nor does its memory on the disk
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with os.fdopen(outlet, "wb") as stream:
+            for name, raw, state in zip(names, footers, states):
+                pickle.dump(_described(name, raw, int(state.split()[0]), data), stream)
+                stream.flush()
+
+    child = fork(look)
     os.close(outlet)
     found: list[File | RecipeError] = []
     with os.fdopen(inlet, "rb") as stream:
@@ -117,7 +114,7 @@ def span_of(group: pq.RowGroupMetaData, columns: Sequence[str] | None = None) ->
     spans = []
     for chunk in map(group.column, range(group.num_columns)):
         if columns is None or chunk.path_in_schema.split(".")[0] in columns:
-            start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
+            start = max(0, min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0))
             spans.append((start, start + chunk.total_compressed_size))
     return min((start for start, _ in spans), default=0), max((end for _, end in spans), default=0)
 

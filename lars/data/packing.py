@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError
 from lars.data.decode import BadImage, Encoded
+from lars.data.footers import span_of
 from lars.data.index import resolve
 from lars.data.originals import Originals, Row
 from lars.data.source import DataError, Source
@@ -34,9 +35,7 @@ ROW_GROUP = 100  # rows, as on the Hub
 UNFINISHED = ".convert"  # the folder in OUT for unfinished work; `datasets` reads no hidden one
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Shrink = Callable[[bytes | None], bytes] | None  # what is done to every image; raises BadImage
-Finished = tuple[
-    Path, list[str]
-]  # a file among the unfinished work, and the names of its images that cannot be decoded
+Finished = tuple[Path, list[str]]  # a file among the unfinished work, and its images' names that cannot be decoded
 
 
 class Job(NamedTuple):
@@ -186,9 +185,7 @@ def shrunk(data: bytes | None, side: int, quality: int) -> bytes:
     short = min(image.height, image.width)
     if short <= side:
         return data
-    pixels = image.pixels(
-        2 * side / short
-    )  # libjpeg leaves out what is beyond twice the size, as Pillow's reducing_gap=2
+    pixels = image.pixels(2 * side / short)  # libjpeg leaves out what is beyond twice the size, as reducing_gap=2 does
     size = (round(image.width * side / short), round(image.height * side / short))
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
@@ -218,14 +215,8 @@ def content_of(file: Path) -> dict[str, Any]:
 
 def _spans(file: Path | str) -> list[tuple[int, int]]:
     """First byte and end of each row group."""
-    metadata, spans = pq.read_metadata(file), []
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        starts, ends = [], [0]
-        for chunk in map(group.column, range(group.num_columns)):
-            starts.append(max(0, min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)))
-            ends.append(starts[-1] + chunk.total_compressed_size)
-        spans.append((min(starts, default=0), max(ends)))
-    return spans
+    metadata = pq.read_metadata(file)
+    return [span_of(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
 
 
 def rows_of(file: Path | str) -> int | None:
@@ -242,9 +233,7 @@ def begin_worker(counter: Any) -> None:
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()  # no orphans
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no orphans
 
 
 def _advance(amount: int) -> None:

@@ -226,7 +226,7 @@ class Serving:
                 "sample %d cannot be decoded (%s; %s); the next one of its row group stands in for it", first + row, words, reader.where(group, row)
             )
             if tries == rows:
-                raise DataError(f"no image of row group {int(index.group_in_file[group])} of {index.files[int(index.file[group])]} can be decoded")
+                raise DataError(f"no image of {index.place(group)} can be decoded")
             data, label = reader.neighbour(group, (row + 1) % rows)
             self.shared.labels[task.slot, sample.place] = label
             self.shared.counts[task.slot, 1] += tries == 1

@@ -108,7 +108,7 @@ class Reader:
 
     def where(self, group: int, row: int) -> str:
         """Where a person finds an image: its name, which is read again for this, and its place."""
-        place = f"row {row} of row group {int(self.index.group_in_file[group])} of {self.index.files[int(self.index.file[group])]}"
+        place = f"row {row} of {self.index.place(group)}"
         try:
             self.neighbour(group, row)
             return f"{self.paths[row]!r}, {place}" if self.paths[row] else place
