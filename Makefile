@@ -64,5 +64,6 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m pip install --quiet -e .[bench]
 	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
 	$(PYTHON) -m tests.benchmarks.portable --json > tests/benchmarks/portable.json
+	$(PYTHON) -m tests.benchmarks.content --json > tests/benchmarks/content.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json
 	$(PYTHON) -m tests.benchmarks.wall_clock --json > tests/benchmarks/wall_clock.json

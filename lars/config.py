@@ -213,8 +213,6 @@ def fixing(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS}
 
 
-
-
 def _override(item: str) -> DictConfig:
     if "=" not in item or item.startswith("-"):
         raise RecipeError(f"{item!r} is no override: write key=value, as in seed=3 or optimizer.lr=16")

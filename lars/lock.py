@@ -105,7 +105,8 @@ class RunLock:
                     f"{self.file.parent} is being written by {_who(found)}: wait for it, or give this run its own run_dir=..."
                 )
             waited = time.monotonic() - started
-            if _process_is_gone(found) or waited > DEAD_AFTER:
+            dead = _process_is_gone(found) or waited > DEAD_AFTER
+            if dead and (_read(self.file) or {}).get("token") == found["token"]:  # looked at again: others remove it too
                 return self._remove(found)
             if not said and waited > 2 * COUNT_EVERY:
                 said = True

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lars import checkpoint, pretrained
-from lars.peers import Peers
 from lars.config import Recipe, RecipeError, fixing, one_line
+from lars.peers import Peers
 from lars.reading import flatten_run, read_result
 from lars.run import changed_sources, source_sha256, unwrapped_name
 
@@ -132,7 +132,6 @@ def finished(
     Raises:
         RecipeError: the folder holds the end of another run, or its `result.json` is damaged.
     """
-
     run = Path(recipe.run_dir)
 
     def look() -> tuple[int, str] | None:

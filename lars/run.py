@@ -47,12 +47,13 @@ class RunFolder:
         self.pending: list[tuple[Path, str]] = []  # lines for which the disk had no room yet
         self.trouble = ""  # why a write has failed
 
-    def open(self, recipe: Recipe, config_file: Path, step: int, evaluation: dict[str, float], facts: dict[str, Any]) -> None:
+    def open(self, recipe: Recipe, files: dict[str, str], step: int, evaluation: dict[str, float], facts: dict[str, Any]) -> None:
         """Begin or resume at `step`: lines after it are cut off the JSON-lines files; status becomes `running`.
 
         The evaluation of `step` itself is cut too if it is not `evaluation`, the checkpoint's last one: it comes again.
+        `files` are from `sources`.
         """
-        before, files = read_result(self.path) if step and self.writes else {}, sources(config_file)
+        before = read_result(self.path) if step and self.writes else {}
         self.result = {
             "recipe": recipe.name,
             "status": "running",

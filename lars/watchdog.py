@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lars.peers import Peers
 from lars.config import Runtime
+from lars.peers import Peers
 
 GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection
 _AT_ONCE = 4  # ticks that are enough once an exchange has failed

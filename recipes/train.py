@@ -51,7 +51,7 @@ class Training:
     """One run of a recipe on this process."""
 
     def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers) -> None:
-        self.recipe, self.config_file, self.launched, self.peers, self.rank = recipe, config_file, launched, peers, peers.rank
+        self.recipe, self.sources, self.launched, self.peers, self.rank = recipe, sources(config_file), launched, peers, peers.rank
         self.folder = RunFolder(recipe, writes=self.rank == 0)
         self.watchdog = Watchdog(peers, recipe.runtime, partial(self.folder.end, "failed"))
         self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
@@ -66,10 +66,10 @@ class Training:
         self.train_index, self.val_index = self.indexes = same_data(peers, indexes, recipe.data)
         self.fingerprint, plan = fingerprint(self.train_index, self.val_index), self.plan
         shared = {"the launch file's engine": self.launched.engine, "data fingerprint": self.fingerprint, **config.shared(recipe)}
-        peers.agree({**shared, **sources(self.config_file), **versions()})
+        peers.agree({**shared, **self.sources, **versions()})
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         peers.together(self.folder.lock.acquire if self.rank == 0 else lambda: None)
-        if end := finished(peers, recipe, self.fingerprint, self.last_step, sources(self.config_file)):
+        if end := finished(peers, recipe, self.fingerprint, self.last_step, self.sources):
             self.say(end)
             return False
         self.engine = start_engine(recipe, self.launched)
@@ -95,7 +95,7 @@ class Training:
         facts, why = strength(peers, self.engine, recipe, state)
         facts |= {"world_size": plan.processes, "engine": self.engine.name, "data_fingerprint": self.fingerprint}
         facts |= same_content(peers, self.indexes, state.content if state else ())
-        self.folder.open(recipe, self.config_file, self.step, self.evaluation, facts)
+        self.folder.open(recipe, self.sources, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         if recipe.trackers:
             self.folder.tracker = trackers.start(self.engine.accelerator, recipe)

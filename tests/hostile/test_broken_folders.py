@@ -27,7 +27,7 @@ from lars.config import Checkpoint, RecipeError
 from lars.mllog import seconds_to_target
 from lars.reading import is_name, read_bytes, read_config, read_lines, read_result
 from lars.resume import finished, resume
-from lars.run import RunFolder, _cut_back, source_sha256
+from lars.run import RunFolder, _cut_back, source_sha256, sources
 from promises import promised
 
 COMMITTED = DEMO / "results" / "alexnet" / "seed-0"
@@ -842,7 +842,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).mkdir()
         with pytest.raises(RecipeError, match="cannot be written"):
-            RunFolder(recipe, writes=True).open(recipe, DEMO / "alexnet.yaml", 0, {}, {})
+            RunFolder(recipe, writes=True).open(recipe, sources(DEMO / "alexnet.yaml"), 0, {}, {})
         (tmp_path / name).rmdir()
 
 
