@@ -43,6 +43,7 @@ def _pytest(tree: str, test: str) -> None:
     os.chdir(tree)
     os.environ["PYTHONPATH"] = tree
     sys.path.insert(0, tree)
+    multiprocessing.set_start_method("fork", force=True)  # as in a pytest that nobody started so
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
