@@ -61,7 +61,7 @@ class RunLock:
         with self.counting:
             if self.handle is None:
                 return
-            if not (found := self._found()) or found["token"] != self.token:
+            if not (found := _read(self.file)) or found["token"] != self.token:
                 owner = f"{_who(found)} has taken it over" if found else "its lock file is gone"
                 raise LockLost(f"{self.file.parent} is not this process's any more: {owner}. It was suspended for too long")
             self.count += 1
@@ -77,14 +77,6 @@ class RunLock:
             self.handle = None
             if (found := _read(self.file)) and found["token"] == self.token:
                 self.file.unlink(missing_ok=True)
-
-    def _found(self) -> dict[str, Any] | None:
-        """Whose lock is there; one that is gone may be back in a moment (see `_remove`)."""
-        for _ in range(10):
-            if found := _read(self.file):
-                return found
-            time.sleep(0.05)
-        return None
 
     def _create(self) -> bool:
         try:
@@ -105,8 +97,7 @@ class RunLock:
                     f"{self.file.parent} is being written by {_who(found)}: wait for it, or give this run its own run_dir=..."
                 )
             waited = time.monotonic() - started
-            dead = _process_is_gone(found) or waited > DEAD_AFTER
-            if dead and (_read(self.file) or {}).get("token") == found["token"]:  # looked at again: others remove it too
+            if _process_is_gone(found) or waited > DEAD_AFTER:
                 return self._remove(found)
             if not said and waited > 2 * COUNT_EVERY:
                 said = True
@@ -114,19 +105,27 @@ class RunLock:
             time.sleep(0.2)
 
     def _remove(self, dead: dict[str, Any]) -> None:
-        """Take a dead lock away under a name of its own: of several observers only one succeeds."""
-        aside = self.file.with_name(f"lock-{self.token}")
+        """Take a dead lock away. Of several observers only the one that makes the claim may, and it looks again after that:
+        the lock may be a faster observer's by then."""
+        claim = self.file.with_name(f"lock-after-{dead['token']}")
         try:
-            os.rename(self.file, aside)
-        except FileNotFoundError:  # another observer has
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            self._wait_for_claim(claim)
             return
         try:
-            if _read(aside)["token"] != dead["token"]:  # another observer was faster, and this is its lock
-                os.link(aside, self.file)
-        except FileExistsError:  # a third one came between: the faster one will notice, as after a suspension
-            pass
+            if (_read(self.file) or {}).get("token") == dead["token"]:
+                self.file.unlink()
         finally:
-            aside.unlink()
+            claim.unlink(missing_ok=True)
+
+    def _wait_for_claim(self, claim: Path) -> None:
+        """Until the observer that made it is done; one that was killed in between leaves it behind."""
+        started = time.monotonic()
+        while claim.exists():
+            if time.monotonic() - started > DEAD_AFTER:
+                claim.unlink(missing_ok=True)
+            time.sleep(0.02)
 
     def _keep_counting(self) -> None:
         while not self.ended.wait(COUNT_EVERY):

@@ -127,6 +127,17 @@ def test_an_observer_that_comes_too_late_gives_the_lock_back(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_observer_that_was_killed_while_it_took_a_dead_lock_stops_nobody(tmp_path: Path, short: None) -> None:
+    process = holder(tmp_path, tmp_path / "done")
+    process.kill()
+    process.join()
+    (tmp_path / f"lock-after-{lock._read(tmp_path / 'lock')['token']}").touch()
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("left", ["nothing", "another machine's"])
 def test_a_lock_that_nobody_counts_is_dead_after_a_while(left: str, tmp_path: Path, short: None) -> None:
     """An empty file is what a power loss leaves."""
