@@ -40,7 +40,7 @@ class Index:
     classes_per_group: float | None = None  # at most so many on average, from the footers' smallest and largest labels
     root: str = ""  # the folder of local files
     memory: np.ndarray | None = None  # bytes that the images and labels of each row group take, unpacked
-    declared: tuple[str, ...] = ()  # SHA-256 of each row group's bytes, all columns, if a file beside says so; else ""
+    declared: tuple[str, ...] = ()  # BLAKE3 of each row group's bytes, all columns, if a file beside says so; else ""
 
     @cached_property
     def samples(self) -> int:
@@ -214,7 +214,7 @@ def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tup
     for name, file in zip(names, described):
         try:
             said = json.loads(beside.read_text())["files"].get(os.path.relpath(name, root)) if beside.is_file() else None
-            hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups"]))
+            hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups_blake3"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             remedy = "remove it, or make it again with `python -m lars.convert`"
             raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None

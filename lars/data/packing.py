@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError
+from lars.data.content import row_group_hash
 from lars.data.decode import BadImage, Encoded
 from lars.data.footers import span_of
 from lars.data.index import resolve
@@ -205,12 +206,12 @@ def _write(target: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
 
 
 def content_of(file: Path) -> dict[str, Any]:
-    """SHA-256 of a Parquet file, and of each row group: of its bytes from its first page to the end of its last one."""
+    """SHA-256 of a Parquet file, and BLAKE3 of each row group: of its bytes from its first page to the end of its last one."""
     spans = _spans(file)
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         with memoryview(whole) as view:
-            groups = [hashlib.sha256(view[start:end]).hexdigest() for start, end in spans]
-            return {"sha256": hashlib.sha256(view).hexdigest(), "row_groups": groups}
+            groups = [row_group_hash(view[start:end]).hex() for start, end in spans]
+            return {"sha256": hashlib.sha256(view).hexdigest(), "row_groups_blake3": groups}
 
 
 def _spans(file: Path | str) -> list[tuple[int, int]]:

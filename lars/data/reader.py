@@ -1,7 +1,6 @@
 """The encoded samples of one process: each row group is read once, ahead of its use, and gives up each sample as it is taken."""
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.config import Data, RecipeError, one_line
+from lars.data.content import row_group_hash
 from lars.data.footers import check_label_range, has_dictionary, lacking_labels, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.source import DataError, Source
@@ -209,9 +209,9 @@ class Reader:
         start, stop = map(int, self.index.spans[group])
         first, last = span_of(metadata) if declared else (start, stop)
         data = self.source.read(name, first, last, self.index.states[file])
-        if declared and hashlib.sha256(data).hexdigest() != declared:
+        if declared and row_group_hash(data).hex() != declared:
             raise DataError(f"{self.index.place(group)} is not what content.json beside it says: the file is damaged, or was replaced")
-        digest = hashlib.sha256(memoryview(data)[start - first : stop - first]).digest()
+        digest = row_group_hash(memoryview(data)[start - first : stop - first])
         try:
             part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
             column = f"{self.data.image_column}.bytes"

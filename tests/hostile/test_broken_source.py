@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
+from blake3 import blake3
 from promises import promised
 
 from conftest import DEMO, play, start_ranks
@@ -170,8 +171,8 @@ def declare(folder: Path, **changes: object) -> Path:
             chunks = [group.column(c) for c in range(group.num_columns)]
             starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
             end = max(start + c.total_compressed_size for start, c in zip(starts, chunks))
-            hashes.append(hashlib.sha256(content[min(starts) : end]).hexdigest())
-        files[file.name] = {"sha256": hashlib.sha256(content).hexdigest(), "row_groups": hashes}
+            hashes.append(blake3(content[min(starts) : end]).hexdigest())
+        files[file.name] = {"sha256": hashlib.sha256(content).hexdigest(), "row_groups_blake3": hashes}
     (folder / "content.json").write_text(json.dumps({"files": files} | changes))
     return folder
 
@@ -218,8 +219,8 @@ def test_a_row_group_without_rows_leaves_nothing_to_read(tmp_path: Path) -> None
     "Data",
     ("a content.json that is garbage", "refused", "garbage{", "content.json is damaged"),
     ("a content.json that is a list", "refused", "[]", "content.json is damaged"),
-    ("a content.json of row groups that are numbers", "refused", '{"files": {"train-0.parquet": {"row_groups": [1, 2]}}}', "content.json is damaged"),
-    ("a content.json of another file", "refused", '{"files": {"train-0.parquet": {"row_groups": ["00"]}}}', "has 1 row groups of train-0.parquet"),
+    ("a content.json of row groups that are numbers", "refused", '{"files": {"train-0.parquet": {"row_groups_blake3": [1, 2]}}}', "content.json is damaged"),
+    ("a content.json of another file", "refused", '{"files": {"train-0.parquet": {"row_groups_blake3": ["00"]}}}', "has 1 row groups of train-0.parquet"),
     arguments="text, words",
 )
 def test_a_damaged_content_file(text: str, words: str, tmp_path: Path) -> None:
