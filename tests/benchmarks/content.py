@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.content [--json]`: what hashing each row group costs the loader.
 
 CPU time of a whole loader, its reader and its decoder included, that makes 224-pixel training views of photographs: with
-BLAKE3, and with a stand-in that hashes nothing, in turn. Figures are minima over rounds: other work only adds.
+BLAKE3, and with a stand-in that hashes nothing, in turn; and of the hash alone, over the same files in pieces of a row group,
+which tells more than that difference: a loader's rounds differ by 2 %. Figures are minima: other work only adds.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from lars.data.order import Order
 from lars.run import commit
 from tests.benchmarks import photos
 
-ROUNDS, IMAGES, BATCH = 10, 1024, 64
+ROUNDS, IMAGES, BATCH = 30, 1024, 64
 RECIPE = Path(__file__).parents[2] / "recipes/resnet50/lars-b32k-90ep.yaml"
 
 
@@ -50,12 +51,24 @@ def _cpu_time() -> float:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Milliseconds of CPU time an image, with and without the hash."""
+    """Milliseconds of CPU time an image, with and without the hash, and of it alone."""
     photos.write(folder, IMAGES)
     batch = (f"global_batch={BATCH}", f"bn_group={BATCH}", f"runtime.micro_batch={BATCH}", "data.workers=1")
     recipe = config.load(RECIPE, [f"data.path={folder}", f"model.num_classes={photos.CLASSES}", *batch])
     rounds = [(spent(recipe, row_group_hash), spent(recipe, nothing)) for _ in range(ROUNDS)]
-    return {name: min(times) / IMAGES * 1e3 for name, times in zip(("with hash", "without"), zip(*rounds))}
+    best = {name: min(times) / IMAGES * 1e3 for name, times in zip(("with hash", "without"), zip(*rounds))}
+    return best | {"hash alone": min(alone(folder) for _ in range(ROUNDS)) / IMAGES * 1e3}
+
+
+def alone(folder: Path) -> float:
+    """Seconds of CPU time to hash all training images once."""
+    pieces = [file.read_bytes() for file in folder.glob("**/train-*.parquet")]
+    size = sum(map(len, pieces)) * photos.ROW_GROUP // IMAGES
+    began = _cpu_time()
+    for piece in pieces:
+        for start in range(0, len(piece), size):
+            row_group_hash(memoryview(piece)[start : start + size])
+    return _cpu_time() - began
 
 
 def main() -> None:
@@ -67,6 +80,7 @@ def main() -> None:
     result = {
         "milliseconds_an_image": {key: round(value, 4) for key, value in best.items()},
         "ratio": round(best["with hash"] / best["without"], 4),
+        "share_of_the_hash": round(best["hash alone"] / best["without"], 4),
         "commit": commit(),
         "machine": platform.processor() or platform.machine(),
     }

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-CLASSES, SEED = 10, 0
+CLASSES, SEED, ROW_GROUP = 10, 0, 100
 SIZES = {(500, 375): 0.55, (375, 500): 0.2, (500, 333): 0.15, (333, 500): 0.05, (640, 480): 0.03, (1280, 960): 0.02}  # and shares
 GREY, CMYK = 100, 350  # of every 500 photographs these two are not RGB
 
 
-def write(out: Path, images: int = 1000, folder: Path | None = None, files: int = 4, row_group: int = 100) -> None:
+def write(out: Path, images: int = 1000, folder: Path | None = None, files: int = 4, row_group: int = ROW_GROUP) -> None:
     """`images` photographs for training and a tenth of that for validation; `folder` takes those for training, a folder a class."""
     from datasets import ClassLabel, Features
     from datasets import Image as ImageColumn
