@@ -3,7 +3,7 @@
 PYTHON ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 COMMIT = $(shell git describe --always --dirty --abbrev=40)
-REPRODUCE = $(PYTHON) -m lars.reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
+REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
 .PHONY: help setup reproduce-demo prove test test-long test-environments parity launchers study tables chaos fuzz bench
@@ -20,13 +20,13 @@ setup: $(SETUP)  ## make .venv with the exact versions of requirements.txt
 
 reproduce-demo: $(SETUP)  ## train both demo recipes on this machine, judge them, prove one run at any number of processes
 	$(REPRODUCE) recipes/demo/alexnet.yaml recipes/demo/resnet50.yaml $(ARGS)
-	$(PYTHON) -m lars.prove recipes/demo/alexnet.yaml
+	$(PYTHON) -m lars prove recipes/demo/alexnet.yaml
 
 reproduce-%: $(SETUP)  ## train recipes/<model>/<what>.yaml, as in reproduce-resnet50-lars-b32k-90ep
 	$(REPRODUCE) recipes/$(firstword $(subst -, ,$*))/$(patsubst $(firstword $(subst -, ,$*))-%,%,$*).yaml $(ARGS)
 
 prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and resumed: one hash
-	$(PYTHON) -m lars.prove recipes/demo/alexnet.yaml
+	$(PYTHON) -m lars prove recipes/demo/alexnet.yaml
 
 test: $(SETUP)  ## what CI runs
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
@@ -47,7 +47,7 @@ study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; tr
 	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh) $(ARGS)
 
 tables: $(SETUP)  ## write the READMEs' tables and the study's figures from recipes, the plan and committed results
-	$(PYTHON) -m lars.tables
+	$(PYTHON) -m lars tables
 	$(PYTHON) recipes/study/summary.py
 
 chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undisturbed one; the log is committed

@@ -1,8 +1,9 @@
 """LARS that is the same on every engine, and the parts of a training run that no cluster can change.
 
-`LARS`, `ShardingError` and `bind` need torch alone. It is imported when one of them is first used, so that a run can pin
-its instruction set before (`lars.portable`). `register_with_timm` puts the optimizer into timm's factory as `exact_lars`.
+`LARS`, `ShardingError` and `bind` need torch alone. It is imported when one of them is first used, so that a run can
+pin its instruction set first (`lars.exact.portable`). `register_with_timm` adds `exact_lars` to timm's factory.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,10 +12,12 @@ __all__ = ["LARS", "ShardingError", "bind", "register_with_timm"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LARS", "ShardingError"):
-        from lars import optimizer as module
+    if name == "LARS":
+        from lars.optim import lars as module
+    elif name == "ShardingError":
+        from lars.optim import base as module
     elif name == "bind":
-        from lars import sharding as module
+        from lars.optim import sharding as module
     else:
         raise AttributeError(f"module 'lars' has no attribute {name!r}")
     return getattr(module, name)
@@ -24,7 +27,7 @@ def register_with_timm() -> None:
     """Let `timm.optim.create_optimizer_v2(model, "exact_lars", ...)` build LARS; timm's own is `lars`."""
     from timm.optim._optim_factory import OptimInfo, default_registry
 
-    from lars.optimizer import LARS
+    from lars.optim.lars import LARS
 
     if "exactlars" in default_registry.list_optimizers():
         return

@@ -1,76 +1,81 @@
 """Trains any recipe: build, set up, train, clean up. The recipe fixes the run, the launch file only its speed.
 
-    accelerate launch --config_file launch/<where>.yaml recipes/train.py --config recipes/<model>/<what>.yaml [key=value ...]
+    accelerate launch --config_file launch/<where>.yaml recipes/train.py --config recipes/<model>/<what>.yaml [k=v]
 
-`--check [--processes N]` validates recipe and data in this one process and trains nothing. Exit status: 0 finished,
-2 bad recipe or environment, 75 stopped by a signal after saving (start again to resume), anything else is a failure.
+`--check [--processes N]` validates recipe and data and trains nothing. Exit status: 0 finished, 2 bad recipe or
+environment, 75 stopped by a signal after saving (start again to resume), anything else is a failure.
 """
+
 from __future__ import annotations
 
-import argparse
 import logging
-import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from lars import config, portable
+from lars.recipe import command_line, config
+from lars.recipe.model_file import import_model_file
 
-portable.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
+command_line.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
 
 import torch
 from accelerate.utils import gather, gather_object
-from lars import ShardingError, bind, checkpoint, trackers
-from lars.agreement import same_content, same_data, same_weights, strength
-from lars.batch import BatchPlan
-from lars.check import check
-from lars.config import Recipe, RecipeError
-from lars.data.index import Index, fingerprint
+
+from lars import ShardingError, bind
+from lars.commands.preflight import Preflight, preflight
+from lars.data.index import fingerprint
 from lars.data.loader import Loader, training_batches
 from lars.data.order import Audit, Order, samples_hash
 from lars.data.source import BadImages, DataError
-from lars.engine import Engine, build_model, build_optimizer, start_engine
-from lars.evaluate import evaluate
-from lars.launched import Alone, Launched
-from lars.lock import LockLost
-from lars.mllog import EVALUATE_EVERY, MLLog
-from lars.nonfinite import explain_nonfinite
-from lars.peers import Peers
-from lars.progress import Progress, group_table, outlive_output
-from lars.reduction import StepSums
-from lars.refusal import hidden
-from lars.resume import finished, resume
-from lars.run import NotWritten, RunFolder, position, sources, versions
-from lars.schedule import Schedule
-from lars.signals import EXIT_STOPPED, StopRequest, interrupts_end_at_once
-from lars.watchdog import Watchdog
+from lars.engine.base import Engine
+from lars.engine.build import build_model, build_optimizer, start_engine
+from lars.engine.evaluate import evaluate
+from lars.engine.nonfinite import explain_nonfinite
+from lars.exact.reduction import StepSums
+from lars.recipe.keys import Recipe
+from lars.recipe.launched import Alone, Launched, is_first
+from lars.recipe.refusal import RecipeError, hidden
+from lars.recipe.schedule import Schedule
+from lars.run import checkpoint, trackers
+from lars.run.agreement import same_content, same_data, same_run, same_weights, strength
+from lars.run.checkpoint_writer import CheckpointWriter
+from lars.run.folder import NotWritten, RunFolder, position
+from lars.run.lock import LockLost
+from lars.run.mllog import EVALUATE_EVERY, MLLog
+from lars.run.peers import Peers
+from lars.run.progress import Progress, group_table, outlive_output
+from lars.run.resume import finished, recall_weights, resume
+from lars.run.signals import EXIT_STOPPED, StopRequest, interrupts_end_at_once
+from lars.run.sources import sources
+from lars.run.watchdog import Watchdog
 
 
 class Training:
     """One run of a recipe on this process."""
 
     def __init__(self, recipe: Recipe, config_file: Path, launched: Launched, peers: Peers) -> None:
-        self.recipe, self.sources, self.launched, self.peers, self.rank = recipe, sources(config_file), launched, peers, peers.rank
+        recall_weights(recipe)
+        self.recipe, self.launched, self.peers, self.rank = recipe, launched, peers, peers.rank
+        self.sources = sources(config_file)
         self.folder = RunFolder(recipe, writes=self.rank == 0)
         self.watchdog = Watchdog(peers, recipe.runtime, partial(self.folder.end, "failed"))
-        self.writer = checkpoint.CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
+        self.writer = CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
-        self.lacking: Exception | None = None  # why this process has no samples
+        self.data_error: Exception | None = None  # why this process has no samples
         self.engine: Engine | None = None
 
-    def setup(self, checked: tuple[Index, Index, BatchPlan, str] | None) -> bool:
-        """Agreement on what rank 0 has `checked`, engine, model, the newest checkpoint; False if the run is finished already."""
+    def setup(self, checked: Preflight) -> bool:
+        """Agreement on what rank 0 has `checked`, engine, model, newest checkpoint; False if it is finished."""
         recipe, peers = self.recipe, self.peers
-        *indexes, self.plan, memory = peers.broadcast(checked)
-        self.train_index, self.val_index = self.indexes = same_data(peers, indexes, recipe.data)
-        self.fingerprint, plan = fingerprint(self.train_index, self.val_index), self.plan
-        shared = {"the launch file's engine": self.launched.engine, "data fingerprint": self.fingerprint, **config.shared(recipe)}
-        peers.agree({**shared, **self.sources, **versions()})
+        self.plan = plan = checked.plan
+        self.train_index, self.val_index = self.indexes = same_data(peers, [checked.train, checked.val], recipe.data)
+        self.fingerprint = fingerprint(self.train_index, self.val_index)
+        same_run(peers, recipe, self.launched, self.fingerprint, self.sources)
         self.last_step = min(plan.steps, recipe.max_steps or plan.steps)
         peers.together(self.folder.lock.acquire if self.rank == 0 else lambda: None)
         if end := finished(peers, recipe, self.fingerprint, self.last_step, self.sources):
-            self.say(end)
+            self.folder.say(end)
             return False
         self.engine = start_engine(recipe, self.launched)
         self.stop = StopRequest(peers.group)  # until here a signal ends the processes at once
@@ -86,68 +91,69 @@ class Training:
         optimizer = build_optimizer(recipe, self.model)
         groups = group_table(self.model, optimizer)
         self.engine.wrap(optimizer, plan)
-        bind(self.engine.called, optimizer)
-        self.engine.load_momentum(momentum)
+        bind(self.engine.train_module, optimizer)
+        self.engine.load_optimizer_state(momentum)
         self.engine.pin_arithmetic()
         same_weights(peers, self.engine.weights(), self.step)
         self.sums = self.engine.sums(plan.passes, counts=3)
         self.audit = Audit(self.order, self.step, self.samples_hash)
         facts, why = strength(peers, self.engine, recipe, state)
-        facts |= {"world_size": plan.processes, "engine": self.engine.name, "data_fingerprint": self.fingerprint}
-        facts |= same_content(peers, self.indexes, state.content if state else ())
+        content = same_content(peers, self.indexes, state.content if state else ())
+        facts |= {"data_fingerprint": self.fingerprint, **content}
         self.folder.open(recipe, self.sources, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
-        if recipe.trackers:
-            self.folder.tracker = trackers.start(self.engine.accelerator, recipe)
-        engine = f"{self.engine.name} on {self.engine.device.type}, {facts['reproducibility']}{f' ({why})' if why else ''}"
-        self.say(f"{plan.start_up_line()} | {engine}\n{memory}\n{groups}")
+        self.folder.tracker = trackers.start(self.engine.accelerator, recipe)
+        promise = f"{facts['reproducibility']} ({why})" if why else facts["reproducibility"]
+        engine = f"{self.engine.name} on {self.engine.device.type}, {promise}"
+        self.folder.say(f"{plan.start_up_line()} | {engine}\n{checked.memory}\n{groups}")
         return True
 
     def train(self) -> int:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
         recipe, plan = self.recipe, self.plan
-        evaluations = {s for s in plan.evaluation_steps(EVALUATE_EVERY if recipe.mllog else 1) if s <= self.last_step} | {self.last_step}
-        saves = evaluations if recipe.checkpoint.every_steps is None else set(range(0, self.last_step, recipe.checkpoint.every_steps)) - {0}
+        last, every = self.last_step, recipe.checkpoint.every_steps
+        evaluations = {s for s in plan.evaluation_steps(EVALUATE_EVERY if recipe.mllog else 1) if s < last} | {last}
+        saves = evaluations if every is None else {*range(every, last, every), last}
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
         batches = self.batches(slots)
-        progress = Progress(recipe.name, self.step, self.last_step, shown=self.rank == 0)
+        progress = Progress(recipe.name, self.step, last, shown=self.rank == 0)
         self.engine.assert_pinned()
         try:
             while True:
-                if self.step in evaluations and self.evaluation.get("step") != self.step and not self.evaluate(progress):
+                if self.step in evaluations - {self.evaluation.get("step")} and not self.evaluate(progress):
                     return self.stopped(progress)
-                if self.step in saves or self.step == self.last_step:
+                if self.step in saves:
                     self.save()
-                if self.step == self.last_step:
+                if self.step == last:
                     break
                 started = time.perf_counter()
                 loss, lr = self.train_step(batches, slots)
                 if loss is not None:
                     self.log_step(progress, loss, lr, time.perf_counter() - started, batches.waited)
-                if loss is None or self.lacking:
+                if loss is None or self.data_error:
                     return self.stopped(progress)
         finally:
             progress.close()
             batches.close()
         self.writer.wait(needed=True)
         self.folder.end("finished", weights_sha256=self.digest, **self.position())
-        progress.note(f"finished: {self.step} steps, weights {self.digest[:16]}, top-1 {self.folder.result['top1']:.2f} %")
+        top1 = f"top-1 {self.evaluation['top1']:.2f} %"
+        progress.note(f"finished: {self.step} steps, weights {self.digest[:16]}, {top1}")
         return 0
 
     def batches(self, slots: list[range]) -> Loader:
         """The passes of this process from the present step on."""
-        batches = training_batches(self.order, self.train_index, self.recipe, slots, self.step, self.last_step, self.engine.device)
-        batches.stop = lambda: self.stop.asked
-        return batches
+        rest = self.step, self.last_step, self.engine.device, self.stop.requested
+        return training_batches(self.order, self.train_index, self.recipe, slots, *rest)
 
     def train_step(self, batches: Loader, slots: list[range]) -> tuple[float | None, float]:
-        """One optimizer step; returns its mean loss and its rate. The loss is None if it was dropped: a signal, or no samples."""
+        """One optimizer step: mean loss and rate. The loss is None if the step was dropped: a signal, or no samples."""
         consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
         for index, part in zip(self.plan.local_passes(self.rank), slots):
             if self.stopping(len(ids)):
                 return None, lr
             batch = batches.take(len(part))
-            self.lacking = self.lacking or batch.lacking
+            self.data_error = self.data_error or batch.data_error
             with self.engine.exchange(last=part is slots[-1]):
                 loss = self.engine.forward(batch.images, batch.labels, self.step, index)
                 self.engine.backward(loss, len(slots))
@@ -157,7 +163,7 @@ class Training:
             bad += batch.bad
             ids.append(torch.from_numpy(batch.ids))
         self.watchdog.at(self.step, len(slots))
-        self.sums.add_counts([consumed, bad, self.lacking is not None])
+        self.sums.add_counts([consumed, bad, self.data_error is not None])
         sums = self.sums.finish()
         if sums.counts[2]:  # some process played a stand-in; nothing of the step has been applied yet
             return None, lr
@@ -170,15 +176,16 @@ class Training:
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.step, self.bad_images = self.step + 1, self.bad_images + sums.counts[1]
         read = max(self.step * self.plan.global_batch, self.plan.samples)
-        self.lacking = BadImages.beyond(self.bad_images, read, self.recipe.data.max_bad_fraction)
-        if self.recipe.ledger:
-            self.folder.append("ledger.jsonl", {"step": self.step, "ids": gather(torch.cat(ids).to(self.engine.device)).tolist()})
+        self.data_error = BadImages.beyond(self.bad_images, read, self.recipe.data.max_bad_fraction)
+        if self.recipe.log_samples:
+            samples = gather(torch.cat(ids).to(self.engine.device)).tolist()
+            self.folder.append("ledger.jsonl", {"step": self.step, "ids": samples})
         return float(sums.floats[0]) / self.plan.passes, lr
 
     def explain(self, sums: StepSums, slots: list[range]) -> None:
         """Play the unfinished step again to find where it stopped being finite, and end the run there."""
         passes = zip(self.plan.local_passes(self.rank), self.batches(slots))
-        explain_nonfinite(self.step, self.model, (partial(self.engine.forward, b.images, b.labels, self.step, i) for i, b in passes), sums.bad_gradients)
+        explain_nonfinite(self.engine, self.step, passes, sums.bad_gradients)
 
     def stopping(self, part: int) -> bool:
         """Before each pass, by all processes: is the run to stop?"""
@@ -186,10 +193,10 @@ class Training:
         return self.stop.agreed()
 
     def stopped(self, progress: Progress) -> int:
-        """Drop the step under way (or the evaluation), save the last finished step; end as the signal, or as what is lacking, says."""
+        """Drop the step or evaluation under way, save the last finished step, end as signal or data error say."""
         self.save()
         self.writer.wait()
-        if errors := [e for e in gather_object([self.lacking]) if e and not isinstance(e, InterruptedError)]:
+        if errors := [e for e in gather_object([self.data_error]) if e and not isinstance(e, InterruptedError)]:
             progress.note(f"step {self.step} is saved{getattr(errors[0], 'again', '')}")
             raise errors[0]
         self.folder.end("preempted", **self.position())
@@ -197,10 +204,11 @@ class Training:
         return EXIT_STOPPED
 
     def evaluate(self, progress: Progress) -> bool:
-        """Audit the samples consumed so far, then count top-1 and top-5 over the whole validation split; False if stopped."""
+        """Audit the samples consumed so far, then evaluate the whole validation split; False if it was stopped."""
         self.audit.check(self.step, self.samples_hash)
         started = time.perf_counter()
-        result, self.lacking = evaluate(self.engine, self.recipe, self.val_index, self.plan.micro_batch, self.stopping, lambda: self.stop.asked)
+        evaluation = evaluate(self.engine, self.recipe, self.val_index, self.plan, self.stopping, self.stop.requested)
+        self.data_error, result = evaluation.data_error, evaluation.scores
         if result is None:
             return False
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
@@ -212,20 +220,20 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint (rank 0; the weights may lie in slices on all) of samples that are audited."""
         self.audit.check(self.step, self.samples_hash)
-        weights, momentum = self.engine.weights(), self.engine.momentum()
+        weights, momentum = self.engine.weights(), self.engine.optimizer_state()
         self.digest = same_weights(self.peers, weights, self.step)
         self.folder.result |= same_content(self.peers, self.indexes)
         if self.rank == 0:
             numbers = (self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation, self.fingerprint)
-            content = [index.content.kept() for index in self.indexes]
-            state = checkpoint.State(*numbers, config.trajectory(self.recipe), self.aliases, made=self.folder.made, content=content)
+            state = checkpoint.State(*numbers, config.trajectory(self.recipe), self.aliases, made=self.folder.made)
+            state.content = [index.content.kept() for index in self.indexes]
             self.writer.save(state, weights, momentum)
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         self.seconds, rate = self.seconds + took, self.plan.global_batch / took
-        values = {"loss": loss, "lr": lr, "images": self.step * self.plan.global_batch, "images_per_second": round(rate, 1)}
+        values = {"loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
         self.folder.result.update(where := self.position())
-        self.folder.log("train", step=self.step, epoch=where["epochs"], **values)
+        self.folder.log("train", step=self.step, epoch=where["epochs"], **values, images_per_second=round(rate, 1))
         if self.plan.ends_hundredth(self.step) and (ratios := self.engine.trust_ratios()):
             self.folder.log("trust", step=self.step, epoch=where["epochs"], ratios=ratios)
         progress.step(self.step, loss, lr, rate, waited)
@@ -246,37 +254,29 @@ class Training:
             self.engine.accelerator.end_training()
         self.peers.part()
 
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(f"{self.recipe.name}: {text}", flush=True)
-
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the recipe")
-    parser.add_argument("--check", action="store_true", help="validate recipe and data, train nothing")
-    parser.add_argument("--processes", type=int, help="with --check: the process count to check for")
-    parser.add_argument("overrides", nargs="*", help="key=value", metavar="key=value")
-    args = parser.parse_args(arguments)
+    args = command_line.parse(arguments, __doc__)
     outlive_output()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    first, recipe, launched, checked, refused, training = os.environ.get("RANK", "0") == "0", None, None, None, None, None
+    first = is_first()
+    recipe = launched = checked = refused = training = None
     try:
         try:
+            import_model_file(args.config.parent)  # it may bring a model, or an optimizer with keys of its own
             recipe = config.load(args.config, args.overrides)
-            config.import_model_file(args.config.parent)
             launched = Launched.read(recipe)
-            asked = launched.processes if args.processes is None else args.processes
-            checked = check(recipe, launched.engine, asked) if first or args.check else None
+            processes = launched.processes if args.processes is None else args.processes
+            checked = preflight(recipe, launched.engine, processes) if first or args.check else None
         except RecipeError as error:
             refused = error
         if args.check:
             if refused:
                 raise refused
-            print(f"{recipe.name}: {checked[2].start_up_line()}\n{checked[3]}")
+            print(f"{recipe.name}: {checked.plan.start_up_line()}\n{checked.memory}")
             return 0
         training = Training(recipe, args.config, launched, Peers.meet(refused))
-        return training.train() if training.setup(checked) else 0
+        return training.train() if training.setup(training.peers.broadcast(checked)) else 0
     except (RecipeError, ShardingError, DataError, LockLost, NotWritten) as error:
         if first or isinstance(error, Alone):
             print(f"error: {error}", file=sys.stderr, flush=True)

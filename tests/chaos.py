@@ -1,12 +1,14 @@
-"""`make chaos`: one run, interrupted at random at least 84 times in every way that a cluster has, against an undisturbed one.
+"""`make chaos`: a run, interrupted at random in every way that a cluster has, against an undisturbed one.
 
-SIGKILL of one process, of all, of the launcher; SIGTERM to the launcher or to one process; SIGUSR1 to one process; Ctrl-C
-and a closed terminal, which all get; all suspended for longer than `runtime.hang_seconds`; an output that nobody reads any
-more; a disk too full for a checkpoint (a limit on the size of a file stands in for it); one checkpoint kept instead of two;
-a newest checkpoint that a disk has spoiled; a write cut off by a power loss. Every start is on another number of processes,
-with checkpoints at another interval, from another folder of the same data. The final weights must have the same SHA-256.
-The undisturbed run is trained last, as far as the interruptions have come: on a faster machine they come further.
+It is interrupted at least 84 times: SIGKILL of one process, of all, of the launcher;
+SIGTERM to the launcher or to one process; SIGUSR1 to one process; Ctrl-C and a closed terminal, which all get; all
+suspended for longer than `runtime.hang_seconds`; an output that nobody reads any more; a disk too full for a checkpoint
+(a limit on the size of a file stands in for it); one checkpoint kept instead of two; a newest checkpoint that a disk
+has spoiled; a write cut off by a power loss. Every start is on another number of processes, with checkpoints at another
+interval, from another folder of the same data. The final weights must have the same SHA-256. The undisturbed run is
+trained last, as far as the interruptions have come: on a faster machine they come further.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,19 +25,25 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import DEMO, ROOT, launch_line, play, start_ranks, tiny_overrides  # noqa: E402
-from lars.checkpoint import saved  # noqa: E402
-from lars.run import read_result  # noqa: E402
+from conftest import DEMO, ROOT, launch_line, play, start_ranks, tiny_overrides
+
+from lars.run.checkpoint import saved
+from lars.run.reading import read_result
 
 KINDS = (
-    "kill one", "kill all", "kill launcher", "terminate launcher", "terminate one", "usr1 to one", "damage", "power loss",
-    "ctrl-c", "hang up", "suspend", "closed output", "full disk", "keep one",
+    "kill one", "kill all", "kill launcher", "terminate launcher", "terminate one", "usr1 to one", "damage",
+    "power loss", "ctrl-c", "hang up", "suspend", "closed output", "full disk", "keep one",
 )  # fmt: skip
 RECIPE, INTERRUPTIONS = DEMO / "resnet50.yaml", 6 * len(KINDS)
 EPOCHS, MOST_STEPS = 100, 1050  # twelve steps for each interruption, of which it takes one to eight
 HANG = 4  # runtime.hang_seconds where all processes are suspended for longer
 ROOM = 300_000  # bytes of a file on the full disk: less than a checkpoint's 566,000, more than metrics.jsonl takes
-SENT = {"terminate one": signal.SIGTERM, "usr1 to one": signal.SIGUSR1, "ctrl-c": signal.SIGINT, "hang up": signal.SIGHUP}
+SENT = {
+    "terminate one": signal.SIGTERM,
+    "usr1 to one": signal.SIGUSR1,
+    "ctrl-c": signal.SIGINT,
+    "hang up": signal.SIGHUP,
+}
 
 
 def full_disk() -> None:
@@ -76,8 +84,16 @@ def spoil(run: Path, kind: str, dice: random.Random) -> None:
 
 
 def suspend(run: Path, everyone: list[int], alive: Callable[[], bool]) -> bool:
-    """Stop all processes, with their children, for longer than `hang_seconds`, and see the run go on; True if it has finished."""
-    tree = [p for pid in everyone if psutil.pid_exists(pid) for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    """Stop all processes, with their children, for longer than `hang_seconds`, and see the run go on.
+
+    True if it has finished.
+    """
+    tree = [
+        p
+        for pid in everyone
+        if psutil.pid_exists(pid)
+        for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))
+    ]
     for number, pause in ((signal.SIGSTOP, 2 * HANG), (signal.SIGCONT, 0)):
         for process in tree:
             if process.is_running():
@@ -96,13 +112,20 @@ def interrupt(run: Path, kind: str, processes: int, keys: tuple[str, ...], log: 
     launcher = None
     if "launcher" in kind:
         with open(log, "a") as stream:
-            launcher = subprocess.Popen(launch_line(max(processes, 2), RECIPE, keys), stdout=stream, stderr=stream, cwd=ROOT)
+            launcher = subprocess.Popen(
+                launch_line(max(processes, 2), RECIPE, keys), stdout=stream, stderr=stream, cwd=ROOT
+            )
         alive = lambda: launcher.poll() is None  # noqa: E731
     else:
         ranks = start_ranks(processes, RECIPE, *keys, log=log, first=FIRST.get(kind))
         alive = lambda: any(p.is_alive() for p in ranks.processes)  # noqa: E731
     began = time.time()
-    while alive() and (last_step(run) == start and time.time() - began < 60 or last_step(run) < start + further and time.time() - began < 20):
+    while alive() and (
+        last_step(run) == start
+        and time.time() - began < 60
+        or last_step(run) < start + further
+        and time.time() - began < 20
+    ):
         time.sleep(0.01)
     time.sleep(dice.random() * 0.2)  # anywhere in a step, or in a save
     finished = not alive()
@@ -160,8 +183,14 @@ def main() -> int:
         calm, chaos = read_result(folder / "calm"), read_result(run)
         passed_over += log.read_text().count("falling back to the one before")
         same = all(calm[key] == chaos[key] for key in ("weights_sha256", "samples_hash", "top1", "steps"))
-        print(f"interruptions: {done} ({', '.join(f'{n} x {kind}' for kind, n in counts.items())}); damaged checkpoints passed over: {passed_over}")
-        print(f"undisturbed {calm['weights_sha256'][:16]}  interrupted {chaos['weights_sha256'][:16]}  {'SAME RUN' if same else 'DIFFERENT RUNS'}")
+        print(
+            f"interruptions: {done} ({', '.join(f'{n} x {kind}' for kind, n in counts.items())}); "
+            f"damaged checkpoints passed over: {passed_over}"
+        )
+        print(
+            f"undisturbed {calm['weights_sha256'][:16]}  interrupted {chaos['weights_sha256'][:16]}  "
+            f"{'SAME RUN' if same else 'DIFFERENT RUNS'}"
+        )
         return 0 if same and done >= INTERRUPTIONS and passed_over else 1
 
 

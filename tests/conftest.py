@@ -1,4 +1,5 @@
 """What several tests need: tiny recipes of real images, and real launches."""
+
 from __future__ import annotations
 
 import fcntl
@@ -18,15 +19,15 @@ from typing import Any
 if not any("tests/gpu" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests of gloo would meet as NCCL on a machine with one GPU
 
-import pyarrow.parquet as pq  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pyarrow.parquet as pq
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes" / "demo"
 sys.path.insert(0, str(ROOT))  # for `recipes.train` and `recipes.alexnet.model`
 
-from lars.launched import environment_of  # noqa: E402
+from lars.recipe.launched import environment_of  # noqa: E402
 
 
 def launch_line(processes: int, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
@@ -40,7 +41,12 @@ def launch_line(processes: int, recipe: Path, overrides: tuple[str, ...]) -> lis
 def launch(processes: int, recipe: Path, *overrides: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """Run a recipe to its end under `accelerate launch`; output and errors together in `.stdout`."""
     return subprocess.run(
-        launch_line(processes, recipe, overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT
+        launch_line(processes, recipe, overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
     )
 
 
@@ -51,7 +57,10 @@ RANKS.set_forkserver_preload(["recipes.train", "accelerate", "timm", "datasets"]
 
 
 def free_port() -> int:
-    """A port for a meeting, below those that Linux gives to outgoing connections: one of these could take it before it is used."""
+    """A port for a meeting, below those that Linux gives to outgoing connections.
+
+    One of these could take the port before it is used.
+    """
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
@@ -89,21 +98,36 @@ def start_ranks(
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    variables = {} if processes == 1 and not where else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = (
+        {}
+        if processes == 1 and not where
+        else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
     variables |= environment_of(ROOT / "launch" / f"{where}.yaml") if where else {}
-    ranks = [RANKS.Process(target=_rank, args=(r, variables, str(recipe), overrides, str(log), first)) for r in range(processes)]
+    ranks = [
+        RANKS.Process(target=_rank, args=(r, variables, str(recipe), overrides, str(log), first))
+        for r in range(processes)
+    ]
     for rank in ranks:
         rank.start()
     return Ranks(ranks, log)
 
 
-def _rank(rank: int, variables: dict[str, str], recipe: str, overrides: tuple[str, ...], log: str, first: Callable | None) -> None:
+def _rank(
+    rank: int, variables: dict[str, str], recipe: str, overrides: tuple[str, ...], log: str, first: Callable | None
+) -> None:
     os.chdir(ROOT)
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     if variables:
-        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=variables["WORLD_SIZE"], OMP_NUM_THREADS="1")
+        os.environ.update(
+            variables,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=variables["WORLD_SIZE"],
+            OMP_NUM_THREADS="1",
+        )
         torch.set_num_threads(1)  # torch is imported already and no longer looks at OMP_NUM_THREADS
     from recipes.train import main
 
@@ -124,11 +148,15 @@ def tiny_overrides(folder: Path) -> tuple[str, ...]:
 
     12 passes of 8 images a step, so W = 1, 2, 3, 4, 6, 12. The images are written to `folder`.
     """
-    for source, rows in (("train-00000-of-00005", 500), ("train-00001-of-00005", 509), ("validation-00000-of-00001", 199)):
+    for source, rows in (
+        ("train-00000-of-00005", 500),
+        ("train-00001-of-00005", 509),
+        ("validation-00000-of-00001", 199),
+    ):
         table = pq.read_table(DEMO / "data" / f"{source}.parquet").slice(0, rows)
         pq.write_table(table, folder / f"{source}.parquet", row_group_size=50)
     model = ("model.kwargs.layers=[1,1,1,1]", "global_batch=96", "bn_group=4", "runtime.micro_batch=8")
-    # ranks that are forked have imported torch already and cannot be portable; those of a launcher beside them must not be
+    # Forked ranks have imported torch already and cannot be portable; those of a launcher beside them must not be.
     return (f"data.path={folder}", *model, "runtime.portable=false", "trackers=[]")
 
 
@@ -151,7 +179,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
             for processes, run in runs.items():
-                overrides = (*tiny, "max_steps=24", "ledger=true", f"run_dir={run}")
+                overrides = (*tiny, "max_steps=24", "log_samples=true", f"run_dir={run}")
                 play(processes, DEMO / "resnet50.yaml", *overrides, log=folder / f"{processes}.log")
             (folder / "complete").touch()
     return runs

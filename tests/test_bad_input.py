@@ -1,4 +1,5 @@
 """Every mistake ends in one line with the remedy and exit status 2, in `--check` without a launcher."""
+
 from __future__ import annotations
 
 import shutil
@@ -7,11 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import DEMO, ROOT, launch
 from omegaconf import OmegaConf
 
-from conftest import DEMO, ROOT, launch
-from lars import config
 from lars.data import index
+from lars.optim.key import CORE
+from lars.recipe import config
+from lars.recipe.keys import declared, differing, neutral
 from recipes.train import main
 
 RECIPE = DEMO / "resnet50.yaml"
@@ -38,7 +41,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("model.kwargs.widht=2", ["model.kwargs", "widht"]),
         ("optimizer.name=lamb", ["optimizer.name=lamb", "lars or sgd"]),
         ("optimizer.momentum_mode=papper", ["did you mean 'paper'"]),
-        ("optimizer.adapt_1d=null", ["true or false", "optimizer.adapt_1d"]),
+        ("optimizer.adapt_1d=null", ["optimizer.adapt_1d may not be null"]),
         ("seed=99999999999999999999999", ["seed", "63 bits"]),
         ("name=${nowhere}", ["nowhere"]),
         ("model.kwargs.channels=[-8,16,32,64]", ["cannot be built", "model.kwargs"]),
@@ -80,7 +83,9 @@ def test_processes_that_do_not_divide(capsys: pytest.CaptureFixture) -> None:
     assert "at least one" in complaint(capsys, processes=0)
 
 
-def test_a_recipe_that_does_not_exist_or_is_none(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_does_not_exist_or_is_none(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     assert "did you mean 'recipes/demo/resnet50.yaml'" in complaint(capsys, recipe=Path("recipes/demo/resnet5.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1\n")
@@ -89,23 +94,50 @@ def test_a_recipe_that_does_not_exist_or_is_none(capsys: pytest.CaptureFixture, 
     assert "not a recipe" in complaint(capsys, recipe=tmp_path / "list.yaml")
 
 
-def test_every_missing_trajectory_key_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    keys = list(config.trajectory(config.load(RECIPE, [])))
-    assert len(keys) > 30
+def test_every_missing_core_key_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    recipe = config.load(RECIPE, [])
+    keys = [key for key, one in declared(type(recipe.optimizer)).items() if neutral(one) == CORE]
+    assert len(keys) > 20
     for key in keys:
         written = OmegaConf.load(RECIPE)
         written.data.path = str(DEMO / "data")
         parent, _, leaf = key.rpartition(".")
         del (OmegaConf.select(written, parent) if parent else written)[leaf]
         OmegaConf.save(written, tmp_path / "recipe.yaml")
-        assert f" lacks {key}:" in complaint(capsys, recipe=tmp_path / "recipe.yaml")
+        assert f" lacks {key}" in complaint(capsys, recipe=tmp_path / "recipe.yaml")
+
+
+def test_recipes_of_before_keys_had_neutral_values_are_the_same_recipes(tmp_path: Path) -> None:
+    """Yesterday's recipes list every key: for sgd null where only LARS has a number, `ledger` for `log_samples`."""
+    of_lars = dict.fromkeys(("trust_coefficient", "eps", "decay_in_norm", "adapt_1d"))
+    for name, nulls in (("lars", {}), ("sgd", of_lars)):
+        new = config.load(RECIPE, [f"optimizer.name={name}", "log_samples=true"])
+        old = OmegaConf.to_container(OmegaConf.structured(new))
+        old["optimizer"] |= nulls
+        old["ledger"] = old.pop("log_samples")
+        OmegaConf.save(old, tmp_path / "old.yaml")
+        assert config.load(tmp_path / "old.yaml", []) == new
+        then = config.trajectory(new) | {f"optimizer.{key}": None for key in nulls}
+        assert differing(then, config.trajectory(new)) == []
+
+
+def test_a_key_that_one_of_two_runs_lacks_is_neutral_there() -> None:
+    """So that a checkpoint resumes after a new key came, and not where the key was used."""
+    now = config.trajectory(config.load(RECIPE, []))
+    then = {key: value for key, value in now.items() if key not in ("augment.erase", "optimizer.decay_in_norm")}
+    assert differing(then, now) == differing(now, then) == []
+    assert differing(then, now | {"augment.erase": 0.1}) == ["augment.erase"]
+    assert differing(now | {"a.key.of.tomorrow": 1}, now) == ["a.key.of.tomorrow"]
 
 
 def test_folders_that_hold_no_data_set(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no .parquet file" in complaint(capsys, f"data.path={empty}")
-    for content, words in ((b"hello, I am no Parquet", "is not a Parquet file"), (b"PAR1" + b"x" * 40 + b"\x10\0\0\0PAR1", "not a readable Parquet")):
+    for content, words in (
+        (b"hello, I am no Parquet", "is not a Parquet file"),
+        (b"PAR1" + b"x" * 40 + b"\x10\0\0\0PAR1", "not a readable Parquet"),
+    ):
         broken = tmp_path / words.replace(" ", "-")
         shutil.copytree(DEMO / "data", broken)
         (broken / "train-00002-of-00005.parquet").write_bytes(content)
@@ -119,7 +151,9 @@ def test_folders_that_hold_no_data_set(capsys: pytest.CaptureFixture, tmp_path: 
     assert "no rows" in complaint(capsys, f"data.path={none}")
 
 
-def test_a_gated_data_set_says_where_to_accept_and_how_to_log_in(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_data_set_says_where_to_accept_and_how_to_log_in(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Hub cannot be reached from here, so its answer is raised in its place; what follows is the real path."""
     import datasets
     from huggingface_hub.errors import GatedRepoError
@@ -138,7 +172,9 @@ def test_a_gated_data_set_says_where_to_accept_and_how_to_log_in(capsys: pytest.
 def test_a_hub_that_cannot_be_reached(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("Couldn't reach it")))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("Couldn't reach it"))
+    )
     assert "the Hub cannot be reached" in complaint(capsys, "data.path=someone/aggregated")
 
 

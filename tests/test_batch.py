@@ -1,12 +1,13 @@
 """Slots, passes, processes: what divides, what is refused, and with which remedy."""
+
 from __future__ import annotations
 
 import pytest
-
 from conftest import DEMO, ROOT
-from lars import config
-from lars.batch import BatchPlan
-from lars.config import RecipeError
+
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.refusal import RecipeError
 
 
 def plan(samples: int = 10_007, processes: int = 1, *overrides: str) -> BatchPlan:
@@ -29,14 +30,20 @@ def test_evaluations_end_every_epoch_and_the_run() -> None:
     ("processes", "overrides", "words"),
     [
         (5, (), ["5 processes", "24 passes", "use 4 or 6"]),
-        (4, ("global_batch=960", "bn_group=8", "runtime.micro_batch=32"), ["30 passes", "use 3 or 5 processes, or runtime.micro_batch=24"]),
+        (
+            4,
+            ("global_batch=960", "bn_group=8", "runtime.micro_batch=32"),
+            ["30 passes", "use 3 or 5 processes, or runtime.micro_batch=24"],
+        ),
         (1, ("bn_group=36",), ["bn_group=36", "use 32 or 48"]),
         (1, ("runtime.micro_batch=48",), ["no multiple of bn_group=32", "use 32 or 64"]),
         (1, ("runtime.micro_batch=160",), ["runtime.micro_batch=160 does not divide", "use 128 or 192"]),
         (1, ("global_batch=12288",), ["10007 samples, fewer than global_batch=12288"]),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_does(processes: int, overrides: tuple[str, ...], words: list[str]) -> None:
+def test_what_does_not_divide_is_refused_with_what_does(
+    processes: int, overrides: tuple[str, ...], words: list[str]
+) -> None:
     with pytest.raises(RecipeError) as error:
         plan(10_007, processes, *overrides)
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, checked when they are read, tied weights once, written beside training."""
+
 from __future__ import annotations
 
 import json
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lars.peers import Peers
-from lars.checkpoint import CheckpointWriter, State, aliases, claims, load_weights, read, saved
-from lars.config import Checkpoint, RecipeError
-from lars.resume import Found, newest_checkpoint
+from lars.recipe.keys import Checkpoint
+from lars.recipe.refusal import RecipeError
+from lars.run.checkpoint import State, aliases, claims, load_weights, read, saved
+from lars.run.checkpoint_writer import CheckpointWriter
+from lars.run.peers import Peers
+from lars.run.resume import Found, newest_checkpoint
 
 
 def state(step: int, tied: dict[str, str] | None = None) -> State:
@@ -46,7 +49,9 @@ def test_keeps_the_newest_and_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "state.json", "state.sha256"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    file: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, 1, 2)
     target = saved(tmp_path)[-1] / file
     content = target.read_bytes()
@@ -62,7 +67,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(file: str, how: str,
 def test_a_checkpoint_of_before_its_state_had_a_hash_is_read(tmp_path: Path) -> None:
     write(tmp_path, 1)
     written = json.loads((saved(tmp_path)[0] / "state.json").read_text())
-    (saved(tmp_path)[0] / "state.json").write_text(json.dumps({key: value for key, value in written.items() if key != "format"}))
+    (saved(tmp_path)[0] / "state.json").write_text(
+        json.dumps({key: value for key, value in written.items() if key != "format"})
+    )
     (saved(tmp_path)[0] / "state.sha256").unlink()
     assert newest(tmp_path).state.format == 1
 
@@ -112,7 +119,9 @@ def test_training_may_change_the_weights_while_they_are_written(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("on_error", ["go_on", "stop"])
-def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(
+    on_error: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The operating system itself refuses: no file of this process may grow beyond a limit."""
     write(tmp_path, 1)
     writer = CheckpointWriter(tmp_path, Checkpoint(on_error=on_error))
@@ -131,14 +140,18 @@ def test_a_full_disk_leaves_the_checkpoint_before(on_error: str, tmp_path: Path,
                     writer.wait(needed=True)  # a run does not end well without its last one
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(tmp_path).state.step == 1
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == ["step-00000001"] and newest(
+        tmp_path
+    ).state.step == 1
     writer.error = None
     writer.save(state(3), {"w": torch.zeros(1 << 20)}, {})  # there is room again
     writer.wait()
     assert newest(tmp_path).state.step == 3
 
 
-@pytest.mark.parametrize(("change", "same"), [({"seconds": 2.0}, True), ({"samples_hash": 2}, False), ({"trajectory": {"seed": 1}}, False)])
+@pytest.mark.parametrize(
+    ("change", "same"), [({"seconds": 2.0}, True), ({"samples_hash": 2}, False), ({"trajectory": {"seed": 1}}, False)]
+)
 def test_two_nodes_that_took_another_time_hold_the_same_checkpoint(change: dict, same: bool, tmp_path: Path) -> None:
     """And those of another run do not."""
     for node, differing in (("a", {}), ("b", change)):

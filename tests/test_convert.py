@@ -1,4 +1,5 @@
 """Local copies in the Hub's schema: every image once, the same bytes after any kill, the Hub's fingerprint."""
+
 from __future__ import annotations
 
 import hashlib
@@ -23,15 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.io
+from conftest import DEMO, ROOT
 from PIL import Image
 
-from conftest import DEMO, ROOT
-from lars import config
-from lars.convert import main
+from lars.commands.convert import main
 from lars.data import source
 from lars.data.index import build_indexes, fingerprint
 from lars.data.loader import training_batches
 from lars.data.order import Order
+from lars.recipe import config
 
 WNIDS = ["n01440764", "n01443537", "n01484850", "n02000000"]
 
@@ -48,7 +49,10 @@ def samples(count: int, split: str, **kind) -> dict[str, tuple[str, bytes]]:
     found = {}
     for number in range(1, count + 1):
         wnid = WNIDS[number * 7 % 4]
-        found[f"{wnid}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{number:08d}.JPEG"] = wnid, image(number, **kind)
+        found[f"{wnid}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{number:08d}.JPEG"] = (
+            wnid,
+            image(number, **kind),
+        )
     return found
 
 
@@ -127,7 +131,9 @@ def test_training_rows_are_not_sorted_by_class(converted: Path) -> None:
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory, images) -> Path:
     folder, (train, val) = tmp_path_factory.mktemp("tars"), images
-    inner = {f"{w}.tar": tar_of({name: data for name, (wnid, data) in train.items() if wnid == w}) for w in reversed(WNIDS)}
+    inner = {
+        f"{w}.tar": tar_of({name: data for name, (wnid, data) in train.items() if wnid == w}) for w in reversed(WNIDS)
+    }
     (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
     (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of({name: data for name, (_, data) in reversed(val.items())}))
     return folder
@@ -150,11 +156,14 @@ def write_devkit(folder: Path, val: dict[str, tuple[str, bytes]]) -> None:
             archive.addfile(member, io.BytesIO(data))
 
 
-def test_the_tars_give_the_files_that_the_unpacked_folder_gives(tars: Path, converted: Path, images, tmp_path: Path, capsys) -> None:
+def test_the_tars_give_the_files_that_the_unpacked_folder_gives(
+    tars: Path, converted: Path, images, tmp_path: Path, capsys
+) -> None:
     val = images[1]
     assert "ILSVRC2012_devkit_t12.tar.gz" in refusal(capsys, str(tars), str(tmp_path / "none"))
     (tmp_path / "LOC_val_solution.csv").write_text(
-        "ImageId,PredictionString\n" + "".join(f"{name[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8\n" for name, (wnid, _) in val.items())
+        "ImageId,PredictionString\n"
+        + "".join(f"{name[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8\n" for name, (wnid, _) in val.items())
     )
     (tmp_path / "plain.txt").write_text("".join(f"{name} {wnid}\n" for name, (wnid, _) in val.items()))
     for labels in ("LOC_val_solution.csv", "plain.txt"):
@@ -174,10 +183,14 @@ def test_damaged_tars_and_labels_of_other_images_are_refused(tars: Path, tmp_pat
         assert "fetch it again" in refusal(capsys, str(tmp_path), str(tmp_path / "out"), "--split", "train")
     inner = tar_of({"n01440764_1.JPEG": bytes(5000)})
     for cut in (2048, 5632):  # inside the image, and after it: the next header is the outer tar's
-        (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of({"n01440764.tar": inner[:cut], "n01443537.tar": inner}))
+        (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(
+            tar_of({"n01440764.tar": inner[:cut], "n01443537.tar": inner})
+        )
         assert "cut off" in refusal(capsys, str(tmp_path), str(tmp_path / "out"), "--split", "train")
     (tmp_path / "other.txt").write_text("ILSVRC2012_val_00000001 n01440764\n")
-    assert "has no label" in refusal(capsys, str(tars), str(tmp_path / "out"), "--val-labels", str(tmp_path / "other.txt"))
+    assert "has no label" in refusal(
+        capsys, str(tars), str(tmp_path / "out"), "--val-labels", str(tmp_path / "other.txt")
+    )
 
 
 class Server(ThreadingHTTPServer):
@@ -275,7 +288,9 @@ def test_a_copy_over_http_goes_on_where_it_was_killed(server: Server, originals:
         return handler.path.endswith(name) and start > 20e6 and hold.wait(60)
 
     server.before = stall
-    process = multiprocessing.get_context("fork").Process(target=lead_a_group, args=(server.address, str(tmp_path)))  # imports nothing anew
+    process = multiprocessing.get_context("fork").Process(
+        target=lead_a_group, args=(server.address, str(tmp_path))
+    )  # imports nothing anew
     process.start()
     piece = 16 * 2**20
     wait_until(lambda: (name, 2 * piece) in server.ranges)
@@ -339,7 +354,9 @@ def test_a_told_sha256_is_compared(originals: Path, tmp_path: Path, monkeypatch,
     from fsspec.implementations.local import LocalFileSystem
 
     info = LocalFileSystem.info
-    monkeypatch.setattr(LocalFileSystem, "info", lambda self, path, **kw: {**info(self, path, **kw), "lfs": {"sha256": "0" * 64}})
+    monkeypatch.setattr(
+        LocalFileSystem, "info", lambda self, path, **kw: {**info(self, path, **kw), "lfs": {"sha256": "0" * 64}}
+    )
     assert main([str(originals), str(tmp_path)]) == 1
     assert "came damaged" in capsys.readouterr().err and not content(tmp_path)
 
@@ -360,7 +377,13 @@ def test_resized_images_train_and_have_their_own_fingerprint(tmp_path: Path, cap
     rows = pq.read_table(tmp_path / "small/validation-00000-of-00001.parquet")["image"].to_pylist()
     assert {row["path"]: row["bytes"] for row in rows} == {name: data for name, (_, data) in bad.items()}
     assert fingerprint_of(tmp_path / "small", 4) != fingerprint_of(tmp_path / "whole", 4)
-    overrides = ["global_batch=8", "bn_group=4", "epochs=10", "runtime.micro_batch=8", f"data.path={tmp_path / 'small'}"]
+    overrides = [
+        "global_batch=8",
+        "bn_group=4",
+        "epochs=10",
+        "runtime.micro_batch=8",
+        f"data.path={tmp_path / 'small'}",
+    ]
     recipe = config.load(DEMO / "resnet50.yaml", overrides)
     index, _ = build_indexes(recipe.data, 10)
     batches = training_batches(Order(index, 0, 8, 4), index, recipe, [range(8)], 0, 1)
@@ -372,7 +395,7 @@ def test_killed_and_restarted_gives_the_same_bytes(folder: Path, tmp_path: Path,
     options = ["--file-mb", "2", "--resize", "50"]
     assert main([str(folder), str(tmp_path / "straight"), *options]) == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "lars.convert", str(folder), str(out), *options, "--workers", "2"]
+    command = [sys.executable, "-m", "lars.commands.convert", str(folder), str(out), *options, "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     wait_until(lambda: len(content(out)) >= 1 and any(out.glob(".convert/*.tmp")))
     kill(process.pid, process.wait)
@@ -384,7 +407,9 @@ def test_killed_and_restarted_gives_the_same_bytes(folder: Path, tmp_path: Path,
     assert not list(out.glob(".*"))
 
 
-def test_other_options_or_another_source_are_refused(folder: Path, converted: Path, images, tmp_path: Path, capsys) -> None:
+def test_other_options_or_another_source_are_refused(
+    folder: Path, converted: Path, images, tmp_path: Path, capsys
+) -> None:
     before = content(converted)
     assert main([str(folder), str(converted), "--file-mb", "2"]) == 0
     assert "resize=None, not 32" in refusal(capsys, str(folder), str(converted), "--file-mb", "2", "--resize", "32")
@@ -419,7 +444,9 @@ def test_other_options_or_another_source_are_refused(folder: Path, converted: Pa
         (["{demo}", "{out}", "--file-mb", "3"], "--file-mb"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments: list[str], words: str, folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], words: str, folder: Path, tmp_path: Path, capsys
+) -> None:
     places = {"folder": folder, "out": tmp_path / "out", "demo": DEMO / "data"}
     assert words in refusal(capsys, *(argument.format(**places) for argument in arguments))
     assert not (tmp_path / "out").exists()
@@ -435,6 +462,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path, capsys) -> None:
 
 
 def test_an_unreadable_original_is_one_line_and_status_1(originals: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(source.Source, "read", lambda *_: (_ for _ in ()).throw(source.DataError("file cannot be read")))
+    monkeypatch.setattr(
+        source.Source, "read", lambda *_: (_ for _ in ()).throw(source.DataError("file cannot be read"))
+    )
     assert main([str(originals), str(tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines() == ["error: file cannot be read: start the same command again to go on"]

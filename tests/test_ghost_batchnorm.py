@@ -1,4 +1,5 @@
 """Batch norm in groups, against torch's own batch norm on each group."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from lars.config import RecipeError
-from lars.ghost_batchnorm import GhostBatchNorm2d, convert
+from lars.exact.ghost_batchnorm import GhostBatchNorm2d, convert
+from lars.recipe.refusal import RecipeError
 
 
 def test_each_group_is_normalised_by_itself() -> None:

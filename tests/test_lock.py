@@ -1,4 +1,5 @@
 """One writer a run folder: starts that meet, processes that are killed or suspended. Real processes, short times."""
+
 from __future__ import annotations
 
 import json
@@ -10,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
 from conftest import DEMO, RANKS, Ranks, start_ranks
-from lars import lock
-from lars.config import RecipeError
-from lars.lock import LockLost, RunLock
-from lars.run import read_lines, read_result
+
+from lars.recipe.refusal import RecipeError
+from lars.run import lock
+from lars.run.lock import LockLost, RunLock
+from lars.run.reading import read_lines, read_result
 
 RECIPE = DEMO / "resnet50.yaml"
 
@@ -183,7 +184,7 @@ def test_two_starts_in_one_folder(
 ) -> None:
     """A second start is refused while the first runs, and takes over when that is suspended; continued, it stops."""
     run = tmp_path / "run"
-    keys = (*tiny, "max_steps=24", "ledger=true", "checkpoint.every_steps=3", f"run_dir={run}")
+    keys = (*tiny, "max_steps=24", "log_samples=true", "checkpoint.every_steps=3", f"run_dir={run}")
 
     def step_is_logged(step: int) -> bool:
         return (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text()

@@ -1,16 +1,17 @@
 """What the start-up says about memory, against what torch keeps and what processes were measured to take."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
 import torch
-
 from conftest import DEMO, ROOT
-from lars import config
-from lars.batch import BatchPlan
-from lars.engine import build_model
-from lars.memory import activation_bytes, memory_line
+
+from lars.engine.build import build_model
+from lars.engine.memory import activation_bytes, memory_line
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
 
 
 def test_activations_are_what_torch_keeps_for_the_backward() -> None:
@@ -44,7 +45,9 @@ def test_the_line_says_what_the_keys_change() -> None:
     assert mib["precision=bf16"] < mib["seed=0"] and mib["runtime.activation_checkpointing=true"] < mib["seed=0"]
     recipe = config.load(DEMO / "resnet50.yaml", ["runtime.deterministic=false"])
     assert "(12 bytes x" in memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
-    assert "zero2's share of the state" in memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "zero2")
+    assert "zero2's share of the state" in memory_line(
+        build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "zero2"
+    )
 
 
 def test_a_model_that_looks_at_its_numbers_is_not_refused() -> None:
@@ -59,11 +62,14 @@ def test_a_model_that_looks_at_its_numbers_is_not_refused() -> None:
 
 def test_the_readme_shows_the_line_of_resnet_50() -> None:
     recipe = config.load(ROOT / "recipes/resnet50/lars-b32k-90ep.yaml", ["runtime.micro_batch=256"])
-    assert memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 1_281_167, 8), "plain") in (ROOT / "README.md").read_text()
+    assert (
+        memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 1_281_167, 8), "plain")
+        in (ROOT / "README.md").read_text()
+    )
 
 
 def test_measured_processes_take_what_the_line_says_whatever_the_number_of_passes() -> None:
-    """The committed `python -m tests.benchmarks.memory`; the first process copies weights and velocity when it saves."""
+    """The committed `python -m tests.benchmarks.memory`; the first process copies weights and velocity to save them."""
     rows = json.loads((ROOT / "tests/benchmarks/memory.json").read_text())["rows"]
     assert [row["passes"] for row in rows] == [8, 64, 512]
     for first, other in (row["growth_mib"] for row in rows):

@@ -1,4 +1,5 @@
 """MLPerf's own checkers judge logs of ours: whole ones, spoiled ones, and one of a run that was interrupted."""
+
 from __future__ import annotations
 
 import json
@@ -7,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import DEMO, ROOT, play
-from lars import config
-from lars.mllog import RULESET, broken_rules, seconds_to_target
+
+from lars.recipe import config
+from lars.run.mllog import RULESET, broken_rules, seconds_to_target
 
 COMMITTED = DEMO / "results" / "alexnet-mllog" / "seed-0"
 # What the closed division fixes and the demo has otherwise.
@@ -19,7 +20,18 @@ CLOSED = ("optimizer.weight_decay=0.0004", "schedule.end_lr=0.0001", "mllog=true
 
 def check(log: Path) -> tuple[bool, str]:
     """The compliance checker's verdict and its output."""
-    command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", RULESET, str(log), "--log_output", str(log.parent / "checked")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlperf_logging.compliance_checker",
+        "--usage",
+        "training",
+        "--ruleset",
+        RULESET,
+        str(log),
+        "--log_output",
+        str(log.parent / "checked"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.returncode == 0, done.stdout + done.stderr
 
@@ -29,7 +41,9 @@ def events(log: Path) -> list[dict]:
 
 
 def copy_without(log: Path, target: Path, key: str) -> Path:
-    target.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if f'"key": "{key}"' not in line))
+    target.write_text(
+        "".join(line for line in log.read_text().splitlines(keepends=True) if f'"key": "{key}"' not in line)
+    )
     return target
 
 
@@ -57,8 +71,10 @@ def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, 
     assert log[: len(first)] == first  # its clock has gone on
     assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [4, 6, 8, 9]
     assert [e["key"] for e in log].count("run_start") == 1
-    assert {e["metadata"]["file"] for e in log} == {"lars/mllog.py"}  # no path of one machine
-    assert log[-1]["key"] == "run_stop" and log[-1]["metadata"]["status"] == "aborted"  # 1,009 images do not reach 75.9 %
+    assert {e["metadata"]["file"] for e in log} == {"lars/run/mllog.py"}  # no path of one machine
+    assert (
+        log[-1]["key"] == "run_stop" and log[-1]["metadata"]["status"] == "aborted"
+    )  # 1,009 images do not reach 75.9 %
     assert sorted(e["time_ms"] for e in log) == [e["time_ms"] for e in log]
     good, output = check(run / "mllog.txt")
     assert not good

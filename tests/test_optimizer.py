@@ -1,4 +1,5 @@
 """LARS against the paper's equations in float64 and against another author's implementation."""
+
 from __future__ import annotations
 
 import copy
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lars import LARS, ShardingError
-from lars.optimizer import _norms, _update_foreach
+from lars.optim.lars import _update_foreach
+from lars.optim.norms import tensor_norms
 
 U = 2.0**-24  # float32's unit roundoff
 RATES = (0.5, 2.0, 8.0, 8.0, 4.0, 0.1)  # a rate that changes: the two momentum modes part
@@ -46,7 +48,10 @@ def roundings(weights, velocities, old, errors, mode: str, lr: float) -> None:
 
 
 def reference_step(weights, velocities, grads, lr, m, decay, eta, eps, mode, caffe=False) -> None:
-    """The paper's equations, tensor by tensor, in float64; or those of the authors' Caffe fork (nvcaffe, sgd_solver.cpp)."""
+    """The paper's equations, tensor by tensor, in float64.
+
+    With `caffe` those of the authors' Caffe fork (nvcaffe, sgd_solver.cpp).
+    """
     for i, (w, g) in enumerate(zip(weights, grads)):
         w, g = w.double(), g.double()
         ratio, beta = 1.0, 0.0
@@ -62,11 +67,20 @@ def reference_step(weights, velocities, grads, lr, m, decay, eta, eps, mode, caf
 @pytest.mark.parametrize("caffe", [False, True], ids=["paper's rule", "Caffe's rule"])
 @pytest.mark.parametrize("mode", ["paper", "torch"])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_follows_the_equations_in_float64(mode: str, foreach: bool, caffe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follows_the_equations_in_float64(
+    mode: str, foreach: bool, caffe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if foreach:  # the path that GPUs take
-        monkeypatch.setattr("lars.optimizer._update_fused", _update_foreach)
+        monkeypatch.setattr("lars.optim.lars._update_fused", _update_foreach)
     model = network()
-    common = {"momentum": 0.9, "weight_decay": 5e-3, "trust_coefficient": 0.02, "eps": 1e-3, "momentum_mode": mode, "decay_in_norm": not caffe}
+    common = {
+        "momentum": 0.9,
+        "weight_decay": 5e-3,
+        "trust_coefficient": 0.02,
+        "eps": 1e-3,
+        "momentum_mode": mode,
+        "decay_in_norm": not caffe,
+    }
     every = [{"params": model.parameters(), "adapt": True, "weight_decay": 5e-3}]
     optimizer = LARS(every if caffe else model.parameters(), lr=1.0, **common)
     weights = [p.detach().double() for p in model.parameters()]
@@ -78,7 +92,9 @@ def test_follows_the_equations_in_float64(mode: str, foreach: bool, caffe: bool,
             group["lr"] = lr
         optimizer.step()
         old = list(velocities)
-        reference_step(weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode, caffe)
+        reference_step(
+            weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode, caffe
+        )
         roundings(weights, velocities, old, errors, mode, lr)
     for p, w, error in zip(model.parameters(), weights, errors[1]):
         assert (p - w).abs().max() <= error
@@ -131,7 +147,12 @@ def test_agrees_with_pytorch_optimizer() -> None:
 
 def test_without_adaptation_it_is_torchs_sgd() -> None:
     ours, theirs = network(), network()
-    a = LARS([{"params": ours.parameters(), "adapt": False, "weight_decay": 1e-3}], lr=0.1, momentum=0.9, momentum_mode="torch")
+    a = LARS(
+        [{"params": ours.parameters(), "adapt": False, "weight_decay": 1e-3}],
+        lr=0.1,
+        momentum=0.9,
+        momentum_mode="torch",
+    )
     b = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     largest = 0.0  # velocity
     for step in range(5):
@@ -198,7 +219,15 @@ def test_a_copy_goes_on() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": -1.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -0.1}, {"trust_coefficient": 0.0}, {"eps": -1.0}, {"momentum_mode": "nesterov"}],
+    [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"momentum": 1.0},
+        {"weight_decay": -0.1},
+        {"trust_coefficient": 0.0},
+        {"eps": -1.0},
+        {"momentum_mode": "nesterov"},
+    ],
 )
 def test_bad_arguments_raise(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -236,7 +265,7 @@ def test_import_needs_torch_alone_and_not_before_it_is_used() -> None:
         "import sys\n"
         "import lars\n"
         "assert 'torch' not in sys.modules\n"
-        "import lars.portable\n"
+        "import lars.exact.portable\n"
         "assert 'torch' not in sys.modules\n"
         "lars.LARS, lars.bind, lars.ShardingError\n"
         "absent = {'accelerate', 'deepspeed', 'datasets', 'pyarrow', 'timm', 'torchvision'}\n"
@@ -255,7 +284,7 @@ def test_norms_keep_float32_s_precision_at_any_size(elements: int) -> None:
     # lanes and the rounding of the product are sqrt(n / 8 + 9) u of the square, half of it of the norm (Higham and Mary
     # 2019); the root of a row and the result are rounded, u / 2 each. Rows are combined in float64.
     roundings = min(elements, 2**12) / 8 + 9
-    assert abs(float(_norms([w], [w])[0, 0].double() / exact) - 1) <= (roundings**0.5 / 2 + 1) * U
+    assert abs(float(tensor_norms([w], [w])[0, 0].double() / exact) - 1) <= (roundings**0.5 / 2 + 1) * U
 
 
 class Watched(TorchDispatchMode):
@@ -277,9 +306,15 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["paper", "torch"])
 def test_the_path_of_a_gpu_never_waits_and_allocates_nothing_of_the_model_s_size(mode: str) -> None:
-    """A pretended GPU: operations are dispatched and none runs, so a value cannot be read; the second step makes nothing big."""
+    """On a pretended GPU operations are dispatched and none runs, so a value cannot be read.
+
+    The second step makes nothing big.
+    """
     with FakeTensorMode():
-        params = [torch.nn.Parameter(torch.empty(1 << 20, 2, device="cuda")), torch.nn.Parameter(torch.empty(1 << 20, device="cuda"))]
+        params = [
+            torch.nn.Parameter(torch.empty(1 << 20, 2, device="cuda")),
+            torch.nn.Parameter(torch.empty(1 << 20, device="cuda")),
+        ]
         rule = LARS(params, lr=1.0, weight_decay=1e-4, momentum_mode=mode)
         for _ in range(2):
             for p in params:

@@ -1,4 +1,5 @@
-"""`report.html`: its figures are those of the runs, it needs nothing but itself, and it survives whatever stands in a run folder."""
+"""`report.html`: its figures are the runs', it needs nothing but itself and survives whatever is in a run folder."""
+
 from __future__ import annotations
 
 import base64
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-
 from conftest import DEMO, ROOT
-from lars.groups import grouped
-from lars.report import main as report_main
+
+from lars.report.groups import grouped
+from lars.report.report import main as report_main
 
 RUNS = [DEMO / "results" / model / f"seed-{seed}" for model in ("alexnet", "resnet50") for seed in range(4)]
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -66,7 +67,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def page_of(runs: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> Page:
-    """What `python -m lars.report` writes beside a picture in `folder`."""
+    """What `lars report` writes beside a picture in `folder`."""
     monkeypatch.setattr("sys.argv", ["report", *map(str, runs), "--picture", str(folder / "curves.png")])
     assert report_main() == status
     return Page(folder / "report.html")
@@ -99,7 +100,9 @@ def add_trust(run: Path, ratios: dict[str, float]) -> None:
     with open(run / "metrics.jsonl", "a") as stream:
         for step in (2, 100, 208):
             grown = {layer: ratio * (1 + step / 100) for layer, ratio in ratios.items()}
-            stream.write(json.dumps({"kind": "trust", "step": step, "epoch": step * 768 / 10_007, "ratios": grown}) + "\n")
+            stream.write(
+                json.dumps({"kind": "trust", "step": step, "epoch": step * 768 / 10_007, "ratios": grown}) + "\n"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,13 @@ def test_verdicts_and_hashes_are_those_of_the_results(committed: tuple[Path, Pag
     assert verdicts[0] == ["run", "recipe", "engine", "processes", "top-1 %", "expected", "seconds", "verdict"]
     for run, verdict, row in zip(RUNS, verdicts[1:], hashes[1:], strict=True):
         r = result_of(run)
-        assert verdict[:5] == [f"{run.parent.name}/{run.name}", r["recipe"], "plain", str(r["world_size"]), f"{r['top1']:.2f}"]
+        assert verdict[:5] == [
+            f"{run.parent.name}/{run.name}",
+            r["recipe"],
+            "plain",
+            str(r["world_size"]),
+            f"{r['top1']:.2f}",
+        ]
         assert verdict[6:] == [f"{r['seconds']:.0f}", "PASS"]
         assert row[1:] == [r[key] for key in ("weights_sha256", "samples_hash", "source_sha256", "data_fingerprint")]
     assert page.headings[0] == "demo/alexnet, demo/resnet50" and "not finished" not in page.text
@@ -150,16 +159,24 @@ def test_the_differing_keys_are_shown_and_no_others(committed: tuple[Path, Page]
 def test_the_page_needs_nothing_but_itself(committed: tuple[Path, Page]) -> None:
     folder, page = committed
     text = (folder / "report.html").read_text(encoding="utf-8")
-    links = [value for _, name, value in page.attributes if name in ("src", "srcset", "href", "data", "action", "poster")]
+    links = [
+        value for _, name, value in page.attributes if name in ("src", "srcset", "href", "data", "action", "poster")
+    ]
     assert links and all(link.startswith("data:image/png;base64,") for link in links)
     assert not re.search(r"url\(|@import|https?:|<script|<link|<iframe|\son\w+=", text)
     assert len(text) < 1_000_000
     embedded = [base64.b64decode(link.split(",")[1]) for link in links]
     assert all(png.startswith(b"\x89PNG") for png in embedded) and (folder / "curves.png").read_bytes() in embedded
-    assert ("meta", "name", "viewport") in page.attributes and "prefers-color-scheme: dark" in text and "overflow-x: auto" in text
+    assert (
+        ("meta", "name", "viewport") in page.attributes
+        and "prefers-color-scheme: dark" in text
+        and "overflow-x: auto" in text
+    )
 
 
-def test_one_group_shows_its_whole_trajectory_and_one_seed_has_no_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_group_shows_its_whole_trajectory_and_one_seed_has_no_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = page_of(RUNS[:1], tmp_path, monkeypatch)
     assert not any("Differences" in heading for heading in page.headings)
     rows = {row["key"]: row["value"] for row in page.table("key")}
@@ -178,7 +195,12 @@ def test_a_group_is_one_trajectory_but_for_the_seed(tmp_path: Path, monkeypatch:
         copy(RUNS[3], tmp_path / "data", data_fingerprint="0" * 64),
     ]
     groups = grouped(runs)
-    assert [[run.path for run in g.runs] for g in groups] == [[RUNS[0], runs[3], RUNS[1], runs[2]], [runs[4]], [runs[5]], [runs[6]]]
+    assert [[run.path for run in g.runs] for g in groups] == [
+        [RUNS[0], runs[3], RUNS[1], runs[2]],
+        [runs[4]],
+        [runs[5]],
+        [runs[6]],
+    ]
     assert len({g.label for g in groups}) == 4 and "lr=8.0" in groups[1].label and "max_steps=20" in groups[2].label
     assert [run.path for run in groups[0].seeds()] == [RUNS[0], RUNS[1], runs[2]]
     page = page_of(runs, tmp_path, monkeypatch, status=1)
@@ -191,20 +213,27 @@ def test_trust_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_trust(lars[1], {"conv1.weight": 0.01, "conv2.weight": 0.1, "fc.weight": 0.0002})
     sgd = copy(RUNS[0], tmp_path / "sgd", {"optimizer.name": "sgd"})
     drawn = {}
-    from lars import page as module
+    from lars.report import page as module
 
     monkeypatch.setattr(module, "trust_curves", lambda runs, draw=module.trust_curves: drawn.update(runs) or draw(runs))
     page = page_of([*lars, sgd, copy(RUNS[4], tmp_path / "without")], tmp_path, monkeypatch)
-    assert [run.path for run in drawn.values()] == [lars[1]] and "seed\xa00" in next(iter(drawn))  # the group's first seed
+    assert [run.path for run in drawn.values()] == [lars[1]] and "seed\xa00" in next(
+        iter(drawn)
+    )  # the group's first seed
     png = (tmp_path / "trust.png").read_bytes()
-    assert png.startswith(b"\x89PNG") and base64.b64encode(png).decode() in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "optimizer=sgd: no trust ratios: not a LARS run" in page.text and "demo/resnet50: no trust ratios: none in its log" in page.text
+    assert png.startswith(b"\x89PNG") and base64.b64encode(png).decode() in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert (
+        "optimizer=sgd: no trust ratios: not a LARS run" in page.text
+        and "demo/resnet50: no trust ratios: none in its log" in page.text
+    )
 
 
 def test_a_line_a_layer_on_a_logarithmic_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from lars.page import trust_curves
+    from lars.report.page import trust_curves
 
     run = copy(RUNS[0], tmp_path / "run")
     add_trust(run, {"conv1.weight": 0.01, "conv2.weight": 0.0, "fc.weight": 0.0002})  # a ratio of 0 has no logarithm
@@ -212,7 +241,11 @@ def test_a_line_a_layer_on_a_logarithmic_axis(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     trust_curves({"$\\frac{": grouped([run])[0].runs[0]})
     axis = figures[0].axes[0]
-    assert axis.get_yscale() == "log" and len(axis.lines) == 3 and axis.lines[2].get_ydata() == pytest.approx([0.000204, 0.0004, 0.000616])
+    assert (
+        axis.get_yscale() == "log"
+        and len(axis.lines) == 3
+        and axis.lines[2].get_ydata() == pytest.approx([0.000204, 0.0004, 0.000616])
+    )
     colours = [line.get_color() for line in axis.lines]
     assert len(set(colours)) == 3 and colours[0][0] < colours[2][0]  # dark first, light last
 
@@ -220,7 +253,7 @@ def test_a_line_a_layer_on_a_logarithmic_axis(tmp_path: Path, monkeypatch: pytes
 def test_curves_share_a_colour_within_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from lars.page import curves
+    from lars.report.page import curves
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
@@ -232,7 +265,9 @@ def test_curves_share_a_colour_within_a_group(monkeypatch: pytest.MonkeyPatch) -
     assert list(figures[0].axes[2].lines[0].get_ydata())[-1] == result_of(RUNS[0])["top1"]
 
 
-def test_the_environment_has_a_cell_for_each_run_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_has_a_cell_for_each_run_where_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r = result_of(RUNS[1])
     other = copy(RUNS[1], tmp_path / "run", environment={**r["environment"], "device": "H100"}, commit="abc+")
     table = next(t for t in page_of([RUNS[0], other], tmp_path, monkeypatch).tables if t[0][0] == "")
@@ -251,7 +286,12 @@ def test_unfinished_runs_are_shown_as_such(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing/lock").touch()  # all that is there of a run before its first step
     page = page_of([RUNS[0], running, failed, without, tmp_path / "nothing"], tmp_path, monkeypatch, status=1)
-    said = ("running, 7 steps", "failed, 208 steps): FloatingPointError: step 3 <b>", "without is not finished (not", "nothing is not")
+    said = (
+        "running, 7 steps",
+        "failed, 208 steps): FloatingPointError: step 3 <b>",
+        "without is not finished (not",
+        "nothing is not",
+    )
     assert all(text in page.text for text in said)
     verdicts = [row["verdict"] for row in page.table("run")]
     assert verdicts == ["PASS", "FAIL (running)", "FAIL (failed)", "FAIL (not started)", "FAIL (not started)"]
@@ -264,10 +304,21 @@ def test_unfinished_runs_are_shown_as_such(tmp_path: Path, monkeypatch: pytest.M
 def test_names_cannot_break_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "$\\frac{$<script>\"'&[/b]</script>"  # also no formula and no mark-up of the console
     names = {"name": evil, "model.name": evil, "model.kwargs": {evil: evil}}
-    run = copy(RUNS[0], tmp_path / "<script>run", names, recipe=evil, engine=evil, weights_sha256=evil, versions={evil: evil}, commit=evil)
+    run = copy(
+        RUNS[0],
+        tmp_path / "<script>run",
+        names,
+        recipe=evil,
+        engine=evil,
+        weights_sha256=evil,
+        versions={evil: evil},
+        commit=evil,
+    )
     add_trust(run, {evil: 0.1})
     broken = copy(run, tmp_path / "<b>2", {"optimizer.lr": 1.0, "data.val_split": evil}, status=evil, error=evil)
-    sgd = copy(RUNS[1], tmp_path / "sgd", {"optimizer.name": "sgd", "data.val_split": evil}, recipe=evil)  # without trust ratios
+    sgd = copy(
+        RUNS[1], tmp_path / "sgd", {"optimizer.name": "sgd", "data.val_split": evil}, recipe=evil
+    )  # without trust ratios
     page = page_of([run, broken, sgd], tmp_path, monkeypatch, status=1)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<b>" not in text and page.text.count(evil) > 10
@@ -277,7 +328,7 @@ def test_minutes_to_mlperfs_target(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = copy(RUNS[0], tmp_path / "run")
     events = [("run_start", 0, {}), ("run_stop", 90_000, {"status": "success"})]
     log = "".join(f":::MLLOG {json.dumps({'key': k, 'time_ms': t, 'metadata': m})}\n" for k, t, m in events)
-    (run / "mllog.txt").write_text(log + ":::MLLOG {\"ke")
+    (run / "mllog.txt").write_text(log + ':::MLLOG {"ke')
     rows = page_of([run, RUNS[1]], tmp_path, monkeypatch).table("run")
     assert [row["minutes to 75.9 %"] for row in rows] == ["1.5", ""]
 
@@ -304,12 +355,18 @@ def test_a_damaged_file_is_one_line_and_status_2(
     assert error.startswith("error: ") and error.count("\n") == 1 and f"{run / file}" in error and "damaged" in error
 
 
-def test_the_command_says_where_the_page_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_says_where_the_page_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     run = copy(RUNS[0], tmp_path / "seed-0")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["report", str(run)])
     assert report_main() == 0 and f"page: {run}/plots/report.html" in capsys.readouterr().out
-    assert (run / "plots/report.html").is_file() and (run / "plots/curves.png").is_file() and not (run / "plots/trust.png").exists()
+    assert (
+        (run / "plots/report.html").is_file()
+        and (run / "plots/curves.png").is_file()
+        and not (run / "plots/trust.png").exists()
+    )
 
 
 def test_a_picture_is_a_png(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

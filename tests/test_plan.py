@@ -1,4 +1,5 @@
 """The plan: formulas against numbers worked out by hand, what it chooses and refuses, and the committed comparison."""
+
 from __future__ import annotations
 
 import json
@@ -8,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from timm import create_model
-
 from benchmarks.plan import MARKS, page_table
 from conftest import DEMO, ROOT
-from lars import config
-from lars.cluster import Cluster, Link, load_cluster
-from lars.config import RecipeError
-from lars.cost import (
+from timm import create_model
+
+from lars.plan.cluster import Cluster, Link, load_cluster
+from lars.plan.cost import (
     RESNET50,
     Work,
     all_reduce_seconds,
@@ -26,7 +25,10 @@ from lars.cost import (
     ring_seconds,
     step_of,
 )
-from lars.plan import Plan, choose_passes, main, make_plan, with_devices
+from lars.plan.plan import Plan, choose_passes, main, make_plan, with_devices
+from lars.recipe import config
+from lars.recipe.model_file import import_model_file
+from lars.recipe.refusal import RecipeError
 
 CLUSTERS = sorted((ROOT / "launch/clusters").glob("*.yaml"))
 RESNET = ROOT / "recipes/resnet50/lars-b32k-90ep.yaml"
@@ -52,7 +54,12 @@ def test_all_reduce_against_hand_computed_seconds() -> None:
     # 6 members: as 4 (4 messages, 2 x 3/4 x 800 MB), and two fold in and out with 800 MB each way
     assert halving_doubling_seconds(8e8, 6, link) == pytest.approx(1.20004 + 1.60002)
     assert ring_seconds(8e8, 1, link) == halving_doubling_seconds(8e8, 1, link) == 0
-    two_nodes = cluster("h100-64", "devices=16", "link={bytes_per_second: 1e10, seconds: 0}", "network={bytes_per_second: 1e9, seconds: 0}")
+    two_nodes = cluster(
+        "h100-64",
+        "devices=16",
+        "link={bytes_per_second: 1e10, seconds: 0}",
+        "network={bytes_per_second: 1e9, seconds: 0}",
+    )
     # in the nodes 2 x 7/8 x 800 MB at 10 GB/s, between them 800 MB at 1 GB/s; one ring would take 2 x 15/16 x 0.8 s
     assert all_reduce_seconds(8e8, two_nodes) == pytest.approx(0.14 + 0.8)
 
@@ -64,7 +71,7 @@ def test_counts_of_known_models() -> None:
     assert (resnet.flops, resnet.operations) == (RESNET50.flops, RESNET50.operations)
     # a pass also keeps mean and deviation of 26,560 channels: shared by 2 images here, by 64 in RESNET50
     assert resnet.kept_bytes == RESNET50.kept_bytes + 2 * 4 * 26_560 * (1 / 2 - 1 / 64)
-    config.import_model_file(ROOT / "recipes/alexnet")
+    import_model_file(ROOT / "recipes/alexnet")
     alexnet = count(create_model("alexnet"), 2, 227)
     assert alexnet.flops / 2 == pytest.approx(0.72e9, abs=0.005e9) and alexnet.weights == 60_965_224
 
@@ -89,9 +96,14 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_data() -> None:
     assert step.summing == pytest.approx(64 * 60 * 25_557_032 / 3.35e12)
     slow = replace(here, node=replace(here.node, cores=16))  # one decoding core a device: 490 images/s
     starved = step_of(work(image_bytes=110_000), slow)
-    assert starved.seconds == starved.data == pytest.approx(4096 * (2e-4 + 110_000 / 6.0e7)) and starved.bottleneck == "data"
+    assert (
+        starved.seconds == starved.data == pytest.approx(4096 * (2e-4 + 110_000 / 6.0e7))
+        and starved.bottleneck == "data"
+    )
     shared = step_of(work(image_bytes=110_000, precision="fp32"), cluster("cpu-2"))
-    assert shared.seconds == pytest.approx(shared.compute + shared.summing + shared.communication + shared.update + shared.data)
+    assert shared.seconds == pytest.approx(
+        shared.compute + shared.summing + shared.communication + shared.update + shared.data
+    )
 
 
 def test_ddp_hides_its_exchange_behind_the_last_backward_and_the_order_free_sum_does_not() -> None:
@@ -129,7 +141,11 @@ def test_mistakes_in_a_cluster_are_one_line(tmp_path: Path) -> None:
         ("  cores: 0", "  cores: 112", "node.cores=0 must be positive"),
     ):
         file = tmp_path / "mine.yaml"
-        file.write_text(text.replace(right, wrong) if not right.startswith("devices") else re.sub(r"(?m)^(devices|launch):.*\n", "", text))
+        file.write_text(
+            text.replace(right, wrong)
+            if not right.startswith("devices")
+            else re.sub(r"(?m)^(devices|launch):.*\n", "", text)
+        )
         with pytest.raises(RecipeError, match=re.escape(said)) as error:
             load_cluster(file)
         assert "\n" not in str(error.value)
@@ -171,11 +187,24 @@ def test_json_has_the_names_that_scripts_rely_on(capsys: pytest.CaptureFixture) 
 
 
 def test_the_answer_in_words_names_time_memory_and_the_command(capsys: pytest.CaptureFixture) -> None:
-    assert main([str(RESNET), str(ROOT / "launch/clusters/h100-8.yaml"), "model.kwargs.layers=[1,1,1,1]", "runtime.micro_batch=128"]) == 0
+    assert (
+        main(
+            [
+                str(RESNET),
+                str(ROOT / "launch/clusters/h100-8.yaml"),
+                "model.kwargs.layers=[1,1,1,1]",
+                "runtime.micro_batch=128",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert re.search(r"on 8 H100: about [\d.]+ (min|h)", said) and "bottleneck" in said and "GB of activations" in said
     line = next(line for line in said.splitlines() if "accelerate launch" in line)
-    assert "--config_file launch/gpu.yaml --num_processes 8 " in line and "runtime.micro_batch=128 runtime.channels_last=true" in line
+    assert (
+        "--config_file launch/gpu.yaml --num_processes 8 " in line
+        and "runtime.micro_batch=128 runtime.channels_last=true" in line
+    )
     assert f"--config {RESNET} model.kwargs.layers=[1,1,1,1] runtime" in line
 
 
@@ -207,7 +236,9 @@ def test_a_sweep_prints_a_line_each_and_draws(capsys: pytest.CaptureFixture, tmp
         (DEMO / "resnet50.yaml", "cpu-3", [], "no cluster at"),
     ],
 )
-def test_a_refusal_is_one_line_and_status_2(recipe: Path, place: str, keys: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_refusal_is_one_line_and_status_2(
+    recipe: Path, place: str, keys: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
     assert main([str(recipe), str(ROOT / f"launch/clusters/{place}.yaml"), *keys]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1, error
@@ -228,7 +259,10 @@ def test_the_committed_comparison_and_its_page() -> None:
 def test_committed_predictions_are_what_the_model_says_now() -> None:
     from benchmarks.plan import predicted, rows
 
-    committed = {row["run"]: row["predicted_seconds"] for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]}
+    committed = {
+        row["run"]: row["predicted_seconds"]
+        for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]
+    }
     for row in rows():
         # three decimals are written
         assert predicted(row) == pytest.approx(committed[row.run], abs=0.0005 + 1e-9), row.run

@@ -1,4 +1,5 @@
-"""`lars.prove` against the committed hash: the end of its line, and when the hash of another place is a failure."""
+"""`lars.commands.prove` against the committed hash: the end of its line, and when another place's hash is a failure."""
+
 from __future__ import annotations
 
 import json
@@ -6,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import DEMO
 from omegaconf import OmegaConf
 
-from conftest import DEMO
-from lars import prove
+from lars.commands import prove
 
 OURS, OTHER = "a" * 64, "b" * 64
 RAN = {"recipe": "demo/alexnet", "weights_sha256": OURS, "reproducibility": "portable"}
@@ -52,7 +53,7 @@ def test_other_versions_explain_another_hash(recipe: Path) -> None:
 
 
 def test_a_cpu_that_cannot_be_portable_explains_another_hash(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lars.prove.portable.excluded", lambda: "this CPU is aarch64, not x86-64")
+    monkeypatch.setattr("lars.commands.prove.portable.excluded", lambda: "this CPU is aarch64, not x86-64")
     line, good = judged(recipe, {**RAN, "reproducibility": "bitwise"}, weights_sha256=OTHER)
     assert good and "(this CPU cannot be portable: this CPU is aarch64, not x86-64)" in line
 

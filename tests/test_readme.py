@@ -1,4 +1,5 @@
 """Commands that people copy: they name files that exist, parse, and say what they are."""
+
 from __future__ import annotations
 
 import json
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from omegaconf import OmegaConf
 
-from conftest import ROOT
-from lars import config
+from lars.__main__ import VERBS
+from lars.recipe import config
+from lars.recipe.keys import declared, neutral
 
 RECIPES = sorted(file for file in (ROOT / "recipes").glob("*/*.yaml") if file.name != "grid.yaml")  # the study's design
 TEXTS = [ROOT / "README.md", ROOT / "lars/data/README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
@@ -23,19 +26,21 @@ def commands(text: str) -> list[str]:
     """Lines of code blocks and recipe headers that start with a command of ours; continued lines joined."""
     text = text.replace("\\\n", " ")
     lines = [line.lstrip("#").strip() for line in text.splitlines()]
-    return [line for line in lines if re.match(r"(accelerate launch|make|python -m|python recipes|cp) ", line)]
+    return [line for line in lines if re.match(r"(accelerate launch|make|lars|python -m|python recipes|cp) ", line)]
 
 
 def all_commands() -> list[tuple[str, str]]:
     return [(str(file.relative_to(ROOT)), command) for file in TEXTS for command in commands(file.read_text())]
 
 
+MODULES = sorted([command.split()[2]] for _, command in all_commands() if command.startswith("python -m "))
+
 # `run_module` runs what other tests have imported already; a command line starts without it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 def run_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`python -m words...` from the repository's root, in this process: a new one would import everything again for six seconds."""
+    """`python -m words...` from the repository's root, in this process: a new one would import for six seconds."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as end:
@@ -44,10 +49,10 @@ def run_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("module", sorted({c.split()[2] for _, c in all_commands() if c.startswith("python -m ")}))
-def test_a_module_starts_in_a_process_of_its_own(module: str) -> None:
+@pytest.mark.parametrize("words", [["lars", verb] for verb in VERBS] + MODULES, ids=" ".join)
+def test_a_command_starts_in_a_process_of_its_own(words: list[str]) -> None:
     """With nothing imported before it, which `run_module` cannot tell."""
-    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", *words, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
 
 
@@ -67,6 +72,8 @@ def test_a_command_exists_and_parses(file: str, command: str, monkeypatch: pytes
         assert (ROOT / words[-2]).exists()
     elif words[:2] == ["python", "-m"]:
         assert run_module([words[2], "--help"], monkeypatch) == 0
+    elif words[0] == "lars":
+        assert run_module([*words[:2], "--help"], monkeypatch) == 0
     else:
         assert (ROOT / "recipes/train.py").is_file() and "recipes/train.py" in words
         if "--config_file" in words:
@@ -84,18 +91,51 @@ def test_a_recipes_header_names_its_own_file_and_its_keys_are_the_trajectory(rec
     loaded = config.load(recipe, [])
     assert loaded.name == f"{recipe.parent.name}/{recipe.stem}"
     written = OmegaConf.load(recipe)
-    keys = {k if not OmegaConf.is_dict(v) else f"{k}.{inner}" for k, v in written.items() for inner in (v if OmegaConf.is_dict(v) else [None])}
-    assert keys - {"runtime.portable"} == {*config.trajectory(loaded), "name", "data.path"}
-    order = [k for k in written if k in ("model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision")]
-    assert order == ["model", "data", "augment", "global_batch", "bn_group", "optimizer", "schedule", "epochs", "seed", "precision"]
+    keys = {
+        k if not OmegaConf.is_dict(v) else f"{k}.{inner}"
+        for k, v in written.items()
+        for inner in (v if OmegaConf.is_dict(v) else [None])
+    }
+    flat, known = config.flatten(loaded), declared(type(loaded.optimizer))
+    wanted = {k for k, one in known.items() if not one.metadata["free"] and flat[k] != neutral(one)}
+    assert keys - {"runtime.portable"} == wanted | {"name", "data.path"}
+    order = [
+        k
+        for k in written
+        if k
+        in (
+            "model",
+            "data",
+            "augment",
+            "global_batch",
+            "bn_group",
+            "optimizer",
+            "schedule",
+            "epochs",
+            "seed",
+            "precision",
+        )
+    ]
+    assert order == [
+        "model",
+        "data",
+        "augment",
+        "global_batch",
+        "bn_group",
+        "optimizer",
+        "schedule",
+        "epochs",
+        "seed",
+        "precision",
+    ]
 
 
 def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    command = next(c for file, c in all_commands() if file == "README.md" and c.startswith("python -m lars.plan"))
+    command = next(c for file, c in all_commands() if file == "README.md" and c.startswith("lars plan"))
     assert "h100-8" in command
-    assert run_module(shlex.split(command)[2:], monkeypatch) == 0
+    assert run_module(shlex.split(command), monkeypatch) == 0
     said = capsys.readouterr().out
     assert re.search(r"on 8 H100: about [\d.]+ (min|h)\n", said)
     assert re.search(r"memory +[\d.]+ GB of state \+ [\d.]+ GB of activations of 80 GB a device", said)
@@ -114,7 +154,9 @@ def test_the_tables_of_ways_to_sum_and_of_what_they_cost_are_the_committed_measu
     steps = json.loads((ROOT / "tests/benchmarks/reduction.json").read_text())["steps"]
     for model, worlds in steps.items():
         for processes, row in worlds.items():
-            assert f"| {model} | {processes} | {' | '.join(f'{ratio:.2f}' for ratio in row['ratio'].values())} |" in text
+            assert (
+                f"| {model} | {processes} | {' | '.join(f'{ratio:.2f}' for ratio in row['ratio'].values())} |" in text
+            )
     assert len(steps) == 2 and not re.search("@[A-Z_]+@", text)
 
 
@@ -125,7 +167,9 @@ def test_the_table_of_engines_is_the_committed_measurement_and_every_row_of_ours
     text = (ROOT / "README.md").read_text()
     assert text[text.index(TABLE[0]) + len(TABLE[0]) : text.index(TABLE[1])] == table(rows)
     ours = [row for row in rows if row["optimizer"] == "lars.LARS"]
-    assert {row["verdict"] for row in ours} == {"PASS"} and {row["verdict"] for row in rows if row not in ours} == {"FAIL"}
+    assert {row["verdict"] for row in ours} == {"PASS"} and {row["verdict"] for row in rows if row not in ours} == {
+        "FAIL"
+    }
     expected = {(engine, w) for engine in ENGINES for w in PROCESSES} - {("plain", 1), ("ddp", 1)}
     assert {(row["engine"], row["processes"]) for row in ours} == expected
 
@@ -145,9 +189,14 @@ def test_the_tables_of_the_data_card_are_the_committed_measurements() -> None:
 
     text = (ROOT / "lars/data/README.md").read_text()
     measured = {name: json.loads((ROOT / f"tests/benchmarks/{name}.json").read_text()) for name in ("order", "loader")}
-    tables = {"reading": order.reading_table(measured["order"]["reading"]), "shuffling": order.shuffling_table(measured["order"]["shuffling"])}
+    tables = {
+        "reading": order.reading_table(measured["order"]["reading"]),
+        "shuffling": order.shuffling_table(measured["order"]["shuffling"]),
+    }
     for name, shown in {**tables, "loader": loader.table(measured["loader"])}.items():
-        assert text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0] == shown, f"print it anew: python -m tests.benchmarks.{name}"
+        assert text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0] == shown, (
+            f"print it anew: python -m tests.benchmarks.{name}"
+        )
     assert max(row["worst_rank"] for rows in measured["order"]["reading"].values() for row in rows) <= 1.2
     rate = {rival: row["images_per_second"] for rival, row in measured["loader"]["rivals"].items()}
     assert rate["ours"] >= 2.5 * rate["timm"] and rate["ours"] >= 1.3 * rate[loader.DALI]
@@ -157,14 +206,20 @@ def test_the_two_lines_in_the_readme_run() -> None:
     text = (ROOT / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "lars.LARS" in b)
     names: dict = {}
-    exec(f"import torch\nmodel = torch.nn.Linear(3, 3)\nmodel(torch.ones(1, 3)).sum().backward()\n{block}\noptimizer.step()", names)
+    exec(
+        "import torch\nmodel = torch.nn.Linear(3, 3)\nmodel(torch.ones(1, 3)).sum().backward()\n"
+        f"{block}\noptimizer.step()",
+        names,
+    )
 
 
 def test_the_hash_check_in_the_readme_is_the_projects(tiny_runs: dict[int, Path]) -> None:
     text = (ROOT / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "sha256" in b)
     checkpoint = tiny_runs[1] / "checkpoints/step-00000024/model.safetensors"
-    done = subprocess.run([sys.executable, "-c", block.replace("model.safetensors", str(checkpoint))], capture_output=True, text=True)
-    from lars.run import read_result
+    done = subprocess.run(
+        [sys.executable, "-c", block.replace("model.safetensors", str(checkpoint))], capture_output=True, text=True
+    )
+    from lars.run.reading import read_result
 
     assert done.stdout.strip() == read_result(tiny_runs[1])["weights_sha256"], done.stderr

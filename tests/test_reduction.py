@@ -1,11 +1,12 @@
 """The order-free sum: one result for every order, as near to float64 as float32 can be, and nothing wraps around."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
 
-from lars.reduction import RANGE_BITS, OrderFreeSum
+from lars.exact.reduction import RANGE_BITS, OrderFreeSum
 
 PASSES = 12
 

@@ -1,4 +1,5 @@
 """Expected intervals, the table's verdicts, and what becomes of an earlier run."""
+
 from __future__ import annotations
 
 import io
@@ -8,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEMO, ROOT, play, start_ranks
 from rich.console import Console
 
-from conftest import DEMO, ROOT, play, start_ranks
-from lars.report import committed_results, draw, expectation, expected_interval, report
-from lars.reproduce import launch_command, prepare_folder
-from lars.reproduce import main as reproduce_main
-from lars.run import read_result, sources
+from lars.commands.reproduce import launch_command, prepare_folder
+from lars.commands.reproduce import main as reproduce_main
+from lars.report.report import committed_results, draw, expectation, expected_interval, report
+from lars.run.reading import read_result
+from lars.run.sources import sources
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,9 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_with(folder: Path, **result) -> Path:
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"recipe": "demo/resnet50", "engine": "plain", "world_size": 2, "seconds": 1.0, **result}))
+    (folder / "result.json").write_text(
+        json.dumps({"recipe": "demo/resnet50", "engine": "plain", "world_size": 2, "seconds": 1.0, **result})
+    )
     return folder
 
 
@@ -45,13 +49,15 @@ def test_the_committed_seeds_are_whole_runs_of_one_data_set(name: str) -> None:
     results = committed_results(name)
     assert len(results) >= 3
     assert {r["status"] for r in results} == {"finished"}
-    assert len({r["data_fingerprint"] for r in results}) == 1 and len({r["weights_sha256"] for r in results}) == len(results)
+    assert len({r["data_fingerprint"] for r in results}) == 1 and len({r["weights_sha256"] for r in results}) == len(
+        results
+    )
     low, high = expected_interval([r["top1"] for r in results])
     assert 50 < low < high < 100
 
 
 def test_the_ledger_holds_seeds_alone() -> None:
-    """Whatever calls `lars.ledger` for a test must not leave its run among those that were really trained."""
+    """Whatever calls `lars.commands.ledger` for a test must not leave its run among those that were really trained."""
     runs = [file.parent for file in (ROOT / "recipes").rglob("result.json")]
     assert runs and [run for run in runs if not run.name.startswith("seed-")] == []
 
@@ -76,7 +82,9 @@ def test_verdicts(tmp_path: Path) -> None:
         ("resnet50/sgd-b32k-90ep", "73.7 or less", 60.0, 76.0),  # the control: 71.7 + 2
     ],
 )
-def test_without_committed_seeds_a_run_is_judged_by_what_is_published(tmp_path: Path, recipe: str, expected: str, passes: float, fails: float) -> None:
+def test_without_committed_seeds_a_run_is_judged_by_what_is_published(
+    tmp_path: Path, recipe: str, expected: str, passes: float, fails: float
+) -> None:
     good, text = verdict(run_with(tmp_path / "good", recipe=recipe, status="finished", top1=passes))
     assert good and "PASS" in text and expected in text and "published" in text
     good, text = verdict(run_with(tmp_path / "bad", recipe=recipe, status="finished", top1=fails))
@@ -87,9 +95,14 @@ def test_a_reference_point_is_judged_by_the_epoch_at_which_it_reaches_the_target
     """MLPerf at 32,768: ten seeds at 55 to 57, mean 56, s = 0.4714; 56 + 3.250 x 0.4714 x sqrt(1.1) = 57.6."""
     batch, n = 32_768, 1_281_167
     for first, good in ((55, True), (57, True), (58, False), (None, False)):
-        run = run_with(tmp_path / str(first), recipe="resnet50/mlperf-b32k", status="finished", top1=76.5 if first else 75.8)
+        run = run_with(
+            tmp_path / str(first), recipe="resnet50/mlperf-b32k", status="finished", top1=76.5 if first else 75.8
+        )
         steps = [-(-e * n // batch) for e in range(1, 59)]  # evaluation e comes after step ceil(e N / B)
-        lines = [{"kind": "eval", "step": s, "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8} for e, s in enumerate(steps, 1)]
+        lines = [
+            {"kind": "eval", "step": s, "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8}
+            for e, s in enumerate(steps, 1)
+        ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         told, text = verdict(run)
         assert told == good and "75.9 by epoch 57" in text and ("PASS" if good else "FAIL") in text
@@ -103,21 +116,27 @@ def test_a_recipe_that_nobody_published_has_no_verdict(tmp_path: Path) -> None:
 
 def test_the_picture_is_drawn(tmp_path: Path, tiny_runs: dict[int, Path]) -> None:
     draw(list(tiny_runs.values())[:2], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "curves.png"
+    ).stat().st_size > 10_000
 
 
 @pytest.mark.long
-def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The right rule passes and the one with its sign flipped fails, trained by the real loop, judged by the real report."""
+def test_a_broken_optimizer_fails_the_table(
+    tmp_path: Path, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right rule passes, one with its sign flipped fails: trained by the real loop, judged by the real report."""
     recipe = tmp_path / "recipes/mine/resnet50.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text((DEMO / "resnet50.yaml").read_text())
     overrides = (*tiny, "bn_group=24", "runtime.micro_batch=48", "epochs=8")
     play(2, recipe, *overrides, f"run_dir={tmp_path / 'right'}", log=tmp_path / "log")
     top1 = read_result(tmp_path / "right")["top1"]
-    monkeypatch.setattr("lars.report.committed_results", lambda name: [{"top1": top1 + d} for d in (-0.5, 0.0, 0.5)])
+    monkeypatch.setattr(
+        "lars.report.report.committed_results", lambda name: [{"top1": top1 + d} for d in (-0.5, 0.0, 0.5)]
+    )
     (recipe.parent / "model.py").write_text(
-        "import torch\nfrom lars.optimizer import LARS\n"
+        "import torch\nfrom lars.optim.lars import LARS\n"
         "right = LARS.step\n"
         "def wrong(self, closure=None):\n"
         "    torch._foreach_neg_([p.grad for g in self.param_groups for p in g['params']])\n"
@@ -130,12 +149,14 @@ def test_a_broken_optimizer_fails_the_table(tmp_path: Path, tiny: tuple[str, ...
     assert not verdict(tmp_path / "wrong")[0] and "FAIL" in verdict(tmp_path / "wrong")[1], top1
 
 
-def test_a_launch_that_ends_with_an_error_is_never_a_pass(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_ends_with_an_error_is_never_a_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An old finished run stands in the folder, the new start is refused."""
     low, high = expected_interval([r["top1"] for r in committed_results("demo/resnet50")])
     run = run_with(tmp_path / "run", status="finished", top1=(low + high) / 2)
     refused = lambda *args, **kwargs: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])  # noqa: E731
-    monkeypatch.setattr("lars.reproduce.start", refused)
+    monkeypatch.setattr("lars.commands.reproduce.start", refused)
     monkeypatch.setattr("sys.argv", ["reproduce", "recipes/demo/resnet50.yaml", f"run_dir={run}"])
     (run / "sources.json").write_text(json.dumps(sources(DEMO / "resnet50.yaml")))
     assert reproduce_main() == 1
@@ -143,7 +164,7 @@ def test_a_launch_that_ends_with_an_error_is_never_a_pass(tmp_path: Path, capsys
 
 
 def test_the_model_file_of_another_folder_is_a_source() -> None:
-    from lars.config import import_model_file
+    from lars.recipe.model_file import import_model_file
 
     import_model_file(DEMO)
     assert "alexnet/model.py" in sources(DEMO / "alexnet.yaml")
@@ -161,26 +182,27 @@ def test_a_finished_run_of_other_sources_is_set_aside_an_unfinished_one_resumes(
         ("failed", "OSError: disk full", True, False, False),
     ]:
         run, said = run_with(tmp_path / str(len(list(tmp_path.iterdir()))), status=status, error=error), []
-        then = {**sources(recipe), **({"lars/optimizer.py": "0"} if changed else {})}
+        then = {**sources(recipe), **({"lars/optim/lars.py": "0"} if changed else {})}
         (run / "sources.json").write_text(json.dumps(then))
         prepare_folder(run, recipe, fresh, said.append)
         assert run.exists() != moved
         assert bool(said) == (moved or changed)
-        assert not changed or fresh or "lars/optimizer.py" in said[0]
+        assert not changed or fresh or "lars/optim/lars.py" in said[0]
 
 
 def test_the_printed_line_is_the_contracts() -> None:
     line = launch_command(Path("launch/cpu-2.yaml"), 2, Path("recipes/demo/alexnet.yaml"), ["seed=3"])
     assert " ".join(line) == (
-        "accelerate launch --config_file launch/cpu-2.yaml --num_processes 2 recipes/train.py --config recipes/demo/alexnet.yaml seed=3"
+        "accelerate launch --config_file launch/cpu-2.yaml --num_processes 2 "
+        "recipes/train.py --config recipes/demo/alexnet.yaml seed=3"
     )
 
 
 def test_a_run_folder_holds_what_the_contract_says(tiny_runs: dict[int, Path]) -> None:
     result = read_result(tiny_runs[2])
     assert set(result) >= set(
-        "recipe status heartbeat reproducibility top1 top5 steps epochs images seconds images_per_second world_size engine "
-        "weights_sha256 samples_hash source_sha256 data_fingerprint versions environment".split()
+        "recipe status heartbeat reproducibility top1 top5 steps epochs images seconds images_per_second world_size "
+        "engine weights_sha256 samples_hash source_sha256 data_fingerprint versions environment".split()
     )
     lines = [json.loads(line) for line in (tiny_runs[2] / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"kind", "step", "epoch", "loss", "lr", "images", "images_per_second"}

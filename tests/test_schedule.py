@@ -1,12 +1,13 @@
 """The rate at its knots, by hand."""
+
 from __future__ import annotations
 
 import pytest
-
 from conftest import ROOT
-from lars import config
-from lars.batch import BatchPlan
-from lars.schedule import Schedule
+
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.schedule import Schedule
 
 IMAGENET = 1_281_167
 
@@ -49,4 +50,6 @@ def test_the_rate_of_a_step_knows_no_processes(processes: int) -> None:
     plan = BatchPlan.of(recipe, IMAGENET, processes)
     schedule = Schedule.of(recipe, plan)
     assert plan.steps == 3519
-    assert [schedule.rate(s) for s in (0, 100, 1000)] == pytest.approx([0.0, 5.846, 22.994], abs=0.0005)  # w = 547.4, T = 3518.8
+    assert [schedule.rate(s) for s in (0, 100, 1000)] == pytest.approx(
+        [0.0, 5.846, 22.994], abs=0.0005
+    )  # w = 547.4, T = 3518.8

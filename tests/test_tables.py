@@ -1,4 +1,5 @@
 """The pages' tables are what recipes, publications, plan and ledger say; every entry of the ledger is a whole proof."""
+
 from __future__ import annotations
 
 import json
@@ -7,11 +8,20 @@ import statistics
 from pathlib import Path
 
 import pytest
-
 from conftest import DEMO, ROOT
-from lars.config import RecipeError
-from lars.ledger import complaint, entries, keep
-from lars.tables import DEVICES, Prediction, folder_table, mean_and_spread, predict, recipes_of, replace_marked, results_table
+
+from lars.commands.ledger import complaint, entries, keep
+from lars.commands.tables import (
+    DEVICES,
+    Prediction,
+    folder_table,
+    mean_and_spread,
+    predict,
+    recipes_of,
+    replace_marked,
+    results_table,
+)
+from lars.recipe.refusal import RecipeError
 
 LEDGER = entries(ROOT / "recipes")
 
@@ -25,7 +35,10 @@ def as_written(model: str) -> dict[str, list[Prediction]]:
     """The predictions that stand in a folder's table."""
     text = Path("recipes", model, "README.md").read_text()
     rows = re.findall(r"^\| \[(.+?)\]\(.*\| (\d+), ([\d.]+) h \| (\d+), ([\d.]+) h \|$", text, re.M)
-    return {f"{model}/{stem}": [Prediction(int(m), float(h)) for m, h in ((m1, h1), (m8, h8))] for stem, m1, h1, m8, h8 in rows}
+    return {
+        f"{model}/{stem}": [Prediction(int(m), float(h)) for m, h in ((m1, h1), (m8, h8))]
+        for stem, m1, h1, m8, h8 in rows
+    }
 
 
 @pytest.mark.parametrize("model", ["alexnet", "resnet50"])
@@ -52,10 +65,14 @@ def test_predictions_are_the_plans(name: str) -> None:
 def test_the_readmes_results_are_what_make_tables_would_write() -> None:
     page = Path("README.md").read_text()
     assert replace_marked(page, "results", results_table()) == page
-    seeds = [json.loads(file.read_text())["top1"] for file in Path("recipes/demo/results/alexnet").glob("seed-*/result.json")]
+    seeds = [
+        json.loads(file.read_text())["top1"] for file in Path("recipes/demo/results/alexnet").glob("seed-*/result.json")
+    ]
     row = next(line for line in page.splitlines() if line.startswith("| [demo/alexnet]"))
     assert f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | {len(seeds)} |" in row
-    assert all(line.endswith("|  |  |  |") for line in page.splitlines() if line.startswith("| [resnet50/"))  # not run yet
+    assert all(
+        line.endswith("|  |  |  |") for line in page.splitlines() if line.startswith("| [resnet50/")
+    )  # not run yet
 
 
 def test_a_page_without_the_place_for_a_table_is_an_error() -> None:

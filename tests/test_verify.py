@@ -1,4 +1,5 @@
-"""`lars.verify` on real runs: the same, a changed one, one of another environment, and its command."""
+"""`lars.commands.verify` on real runs: the same, a changed one, one of another environment, and its command."""
+
 from __future__ import annotations
 
 import json
@@ -7,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from conftest import DEMO, ROOT
-from lars.report import committed_results
-from lars.run import read_lines, read_result
-from lars.verify import compare, main, overrides_of
+
+from lars.commands.verify import compare, main, overrides_of
+from lars.report.report import committed_results
+from lars.run.reading import read_lines, read_result
 
 
 @pytest.fixture
@@ -35,12 +36,17 @@ def altered(tmp_path: Path, tiny_runs: dict[int, Path]) -> Callable[..., Path]:
 
 def test_the_same_run_and_its_prefix(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
     good, lines = compare(tiny_runs[1], tiny_runs[4])
-    assert good and lines == [f"SAME RUN: 24 steps, bit for bit, weights {read_result(tiny_runs[1])['weights_sha256'][:16]}"]
+    assert good and lines == [
+        f"SAME RUN: 24 steps, bit for bit, weights {read_result(tiny_runs[1])['weights_sha256'][:16]}"
+    ]
     assert compare(tiny_runs[1], altered(last=9)) == (True, ["SAME RUN: the first 9 of 24 steps, bit for bit"])
 
 
 def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
-    assert compare(tiny_runs[1], altered(last=9, steps=10)) == (False, ["NO PROOF: metrics.jsonl has 9 of the 10 steps"])
+    assert compare(tiny_runs[1], altered(last=9, steps=10)) == (
+        False,
+        ["NO PROOF: metrics.jsonl has 9 of the 10 steps"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,16 +60,23 @@ def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: C
         ({"content_fingerprint": "0" * 64}, "DIFFERENT DATA: other bytes under equal footers"),
     ],
 )
-def test_one_changed_bit_is_another_run(change: dict, said: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+def test_one_changed_bit_is_another_run(
+    change: dict, said: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
     good, lines = compare(tiny_runs[1], altered(**change))
     assert not good and lines[0].startswith("DIFFERENT") and said in lines[0]
 
 
 def elsewhere() -> dict[str, dict]:
-    return {"environment": {**committed_results("demo/resnet50")[0]["environment"], "device": "another"}, "weights_sha256": "0" * 64}
+    return {
+        "environment": {**committed_results("demo/resnet50")[0]["environment"], "device": "another"},
+        "weights_sha256": "0" * 64,
+    }
 
 
-def test_elsewhere_rounding_passes_and_more_fails(tiny_runs: dict[int, Path], altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_rounding_passes_and_more_fails(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     verdicts = {}
     for name, change in {
@@ -75,10 +88,26 @@ def test_elsewhere_rounding_passes_and_more_fails(tiny_runs: dict[int, Path], al
         copy = altered(**change, **({} if "samples_hash" in change else {}), **elsewhere())
         verdicts[name] = compare(tiny_runs[1], copy)
         shutil.rmtree(copy)
-    failed = {name: [line.split("  ")[2] for line in lines if line.startswith("  FAIL")] for name, (_, lines) in verdicts.items()}
-    assert failed == {"rounding": [], "first loss": ["loss from the same weights"], "one update": ["loss after one update"], "whole": ["samples", "top-1"]}
-    assert {name: good for name, (good, _) in verdicts.items()} == {"rounding": True, "first loss": False, "one update": False, "whole": False}
-    assert "device: " in verdicts["rounding"][1][0] and verdicts["rounding"][1][-1] == "PASS up to rounding: the first 9 of 24 steps"
+    failed = {
+        name: [line.split("  ")[2] for line in lines if line.startswith("  FAIL")]
+        for name, (_, lines) in verdicts.items()
+    }
+    assert failed == {
+        "rounding": [],
+        "first loss": ["loss from the same weights"],
+        "one update": ["loss after one update"],
+        "whole": ["samples", "top-1"],
+    }
+    assert {name: good for name, (good, _) in verdicts.items()} == {
+        "rounding": True,
+        "first loss": False,
+        "one update": False,
+        "whole": False,
+    }
+    assert (
+        "device: " in verdicts["rounding"][1][0]
+        and verdicts["rounding"][1][-1] == "PASS up to rounding: the first 9 of 24 steps"
+    )
 
 
 def environment(run: Path, *without: str, **changed: object) -> dict[str, object]:
@@ -103,22 +132,29 @@ def test_the_cpu_is_no_excuse_between_two_portable_runs(portable_run: Path, alte
     assert compare(portable_run, altered(last=9, reproducibility="portable"))[0]
     shutil.rmtree(portable_run.parent / "altered")
     good, lines = compare(portable_run, altered(step=5, loss_factor=1 + 2**-50, reproducibility="portable"))
-    assert not good and lines[0].startswith("DIFFERENT RUN: the numeric environment is the same") and "step 5" in lines[0]
+    assert (
+        not good and lines[0].startswith("DIFFERENT RUN: the numeric environment is the same") and "step 5" in lines[0]
+    )
 
 
 def test_other_versions_are_a_reason_between_portable_runs_too(
     tiny_runs: dict[int, Path], portable_run: Path, altered: Callable[..., Path]
 ) -> None:
     there = environment(tiny_runs[1], torch="1.0")
-    _, lines = compare(portable_run, altered(step=5, loss_factor=1 + 2**-50, reproducibility="portable", environment=there))
+    _, lines = compare(
+        portable_run, altered(step=5, loss_factor=1 + 2**-50, reproducibility="portable", environment=there)
+    )
     assert "torch: " in lines[0] and "device: " not in lines[0] and "cpu_flags: " not in lines[0]
 
 
 def test_a_bitwise_run_on_another_cpu_stays_one_up_to_rounding(
     portable_run: Path, altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control: only two portable runs are compared as if they had one CPU. The line says why this one is not portable."""
-    monkeypatch.setattr("lars.verify.portable.excluded", lambda: None)  # whatever machine this is
+    """Control: only two portable runs are compared as if they had one CPU.
+
+    The line says why this one is not portable.
+    """
+    monkeypatch.setattr("lars.commands.verify.portable.excluded", lambda: None)  # whatever machine this is
     good, lines = compare(portable_run, altered(last=9, step=5, loss_factor=1 + 2**-50))
     assert good and lines[0].startswith("the run is portable, this repetition is not: it ran with ")
     assert "device: " in lines[1] and "reproducibility: portable -> bitwise" in lines[1]
@@ -127,13 +163,15 @@ def test_a_bitwise_run_on_another_cpu_stays_one_up_to_rounding(
 def test_a_variable_that_stands_in_the_way_is_named(
     portable_run: Path, altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lars.verify.portable.excluded", lambda: "MKL_CBWR=AVX2 is set")
+    monkeypatch.setattr("lars.commands.verify.portable.excluded", lambda: "MKL_CBWR=AVX2 is set")
     good, lines = compare(portable_run, altered(last=9))
     assert good and lines[0] == "the run is portable, this repetition is not: MKL_CBWR=AVX2 is set"
     assert lines[1] == "SAME RUN: the first 9 of 24 steps, bit for bit"
 
 
-def test_what_older_versions_did_not_write_is_no_difference(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+def test_what_older_versions_did_not_write_is_no_difference(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
     """Neither the CPU's flags nor `runtime.portable`, whose neutral value such a run had."""
     old = altered(environment=environment(tiny_runs[3], "cpu_flags"))
     lines = [line for line in (old / "config.yaml").read_text().splitlines() if "portable:" not in line]
@@ -153,7 +191,10 @@ def test_the_committed_seeds_say_what_they_ran(name: str) -> None:
     for folder in sorted((ROOT / "recipes" / name.replace("/", "/results/")).glob("seed-*")):
         seed = int(folder.name.removeprefix("seed-"))
         assert overrides_of(folder, ROOT / "recipes" / f"{name}.yaml") == ([f"seed={seed}"] if seed else [])
-        assert "path" not in (folder / "config.yaml").read_text() and len(read_lines(folder / "metrics.jsonl", "train")) == read_result(folder)["steps"]
+        assert (
+            "path" not in (folder / "config.yaml").read_text()
+            and len(read_lines(folder / "metrics.jsonl", "train")) == read_result(folder)["steps"]
+        )
 
 
 @pytest.mark.long

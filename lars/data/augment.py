@@ -1,4 +1,5 @@
 """What a sample looks like, keyed by (seed, epoch, sample id): the same pixels on any worker of any rank."""
+
 from __future__ import annotations
 
 import math
@@ -11,9 +12,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from lars.config import Augment, RecipeError, one_line
 from lars.data.decode import MAX_PIXELS, BadImage, Encoded
-from lars.keyed import Draw, Purpose, uniform
+from lars.exact.keyed import Draw, Purpose, uniform
+from lars.recipe.keys import Augment
+from lars.recipe.refusal import RecipeError, one_line
 
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
 DRAWS = max(Draw) + 1
@@ -49,7 +51,9 @@ def training_image(data: bytes | memoryview | None, augment: Augment, size: int,
         except MemoryError:
             raise
         except Exception as error:
-            raise RecipeError(f"augment.randaugment={augment.randaugment} failed: {type(error).__name__}: {one_line(error)}") from None
+            raise RecipeError(
+                f"augment.randaugment={augment.randaugment} failed: {type(error).__name__}: {one_line(error)}"
+            ) from None
     if draws[Draw.ERASE] < augment.erase:
         pixels = _erase(pixels, augment, random.Random(int(draws[Draw.ERASE] * 2**53)))
     return pixels
@@ -72,11 +76,13 @@ def check_policy(policy: str) -> None:
         raise RecipeError(f"augment.randaugment={policy}: magnitude m is at most {limit}, or what -mmax says")
     transform = _rand_augment(policy, 224, (128.0,) * 3)
     if not 1 <= transform.num_layers <= len(transform.ops):
-        raise RecipeError(f"augment.randaugment={policy}: n must lie in 1 ... {len(transform.ops)}, the number of its operations")
+        raise RecipeError(
+            f"augment.randaugment={policy}: n must lie in 1 ... {len(transform.ops)}, the number of its operations"
+        )
 
 
 def evaluation_image(data: bytes | memoryview | None, augment: Augment, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the pixels are those of timm's transform."""
+    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the same pixels as timm's."""
     encoded = Encoded(data)
     sides = encoded.width, encoded.height
     shorter, longer = augment.eval_resize, int(augment.eval_resize * max(sides) / min(sides))
@@ -142,7 +148,7 @@ def _bounded(sides: tuple[int, int], extent: tuple[int, int]) -> tuple[int, int]
 
 
 def _resize(pixels: np.ndarray, extent: tuple[int, int]) -> np.ndarray:
-    """To (width, height): linear, which sees all pixels down to one half; below that the mean over each new pixel's area."""
+    """To (width, height): linear, which sees all pixels down to half; below that the mean over a new pixel's area."""
     if pixels.shape[1::-1] == extent:
         return pixels
     small = pixels.shape[1] > 2 * extent[0] or pixels.shape[0] > 2 * extent[1]
@@ -154,7 +160,9 @@ def _rand_augment(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[
     """timm's RandAugment, with the arguments that timm's own transform gives it."""
     from timm.data.auto_augment import rand_augment_transform
 
-    transform = rand_augment_transform(policy, {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(m)) for m in mean)})
+    transform = rand_augment_transform(
+        policy, {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(m)) for m in mean)}
+    )
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
@@ -169,7 +177,7 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 
 
 def _erase(pixels: np.ndarray, augment: Augment, generator: random.Random) -> np.ndarray:
-    """Random erasing (Zhong et al. 2017) as timm's `const` mode: a rectangle becomes the mean, which is 0 once normalised."""
+    """Random erasing (Zhong et al. 2017) as timm's `const` mode: a rectangle becomes the mean, 0 once normalised."""
     height, width, _ = pixels.shape
     for _ in range(_TRIES):
         area = generator.uniform(*_ERASED_AREA) * width * height

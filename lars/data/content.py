@@ -2,6 +2,7 @@
 
 Footers tell names, rows and sizes; labels permuted in place, or another node's images, leave them as they are.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -21,14 +22,16 @@ def row_group_hash(data: bytes | memoryview) -> bytes:
 
 
 class Content:
-    """Hashes of the row groups of a split, zero where none is known, in memory that readers share with the training process.
+    """Hashes of a split's row groups, zero where none is known, in memory that readers and the training process share.
 
-    `seen` is what this process's readers read, `known` what all processes have read, in this run and before. Each array has
-    one side that writes it, and no lock.
+    `seen` is what this process's readers read, `known` what all processes have read, in this run and before. Each array
+    has one side that writes it, and no lock.
     """
 
     def __init__(self, groups: int) -> None:
-        self.seen, self.known = np.frombuffer(mmap.mmap(-1, 32 * max(1, groups)), _HASH)[: 4 * groups].reshape(2, groups, 2)
+        self.seen, self.known = np.frombuffer(mmap.mmap(-1, 32 * max(1, groups)), _HASH)[: 4 * groups].reshape(
+            2, groups, 2
+        )
 
     def see(self, group: int, digest: bytes) -> bool:
         """Keep the first 16 bytes of what a row group hashes to; False if it is not what was read before."""

@@ -1,8 +1,9 @@
 """Image bytes to RGB pixels, within bounds: libjpeg-turbo for JPEGs, Pillow for everything that it refuses.
 
-Only what the bytes say makes an image bad, so that it is bad on every machine alike; memory that ran out is an error of the
-machine. Orientation in EXIF is not applied and alpha is dropped, as where ImageNet is trained (see README.md).
+Only what the bytes say makes an image bad, so that it is bad on every machine alike; memory that ran out is an error of
+the machine. Orientation in EXIF is not applied and alpha is dropped, as where ImageNet is trained (see README.md).
 """
+
 from __future__ import annotations
 
 import io
@@ -23,7 +24,18 @@ _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "PPM")  # beside JPEG and TIFF; none th
 _MAX_SCANNED = 100 * MAX_PIXELS  # pixels of a JPEG times its scans, each of which passes over all of them
 _MAX_NUMBERS = 2**20  # bytes of numbers in a TIFF's directory
 _MAX_TILE = 2**24  # pixels; a tile takes its memory whatever the size of its image
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _NO_MEMORY = re.compile("out of memory|insufficient memory|memory allocation|decoder error -9", re.IGNORECASE)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, before it takes memory for a frame or a canvas
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -58,15 +70,16 @@ class Encoded:
             self._open()
         if (pixels := self.width * self.height) > MAX_PIXELS:
             raise BadImage(f"{self.width} x {self.height} pixels")
+        # A scan takes at least 10 bytes, so most images need not be searched for them.
         if jpeg and pixels * len(data) > 10 * _MAX_SCANNED and pixels * bytes(data).count(b"\xff\xda") > _MAX_SCANNED:
-            raise BadImage("too many scans")  # each takes 10 bytes at least, so most images need not be searched for them
+            raise BadImage("too many scans")
 
     def pixels(self, scale: float = 1.0, fast: bool = False) -> np.ndarray:
-        """uint8 (height, width, 3) in RGB. A JPEG may come at 1/2, 1/4 or 1/8 of its size if that is no less than `scale`.
+        """uint8 (height, width, 3) in RGB. A JPEG may come at 1/2, 1/4 or 1/8 of its size, but at no less than `scale`.
 
-        Only these are quick: libjpeg-turbo has vector code for them and not for the eighths in between. At full size the
-        pixels are Pillow's to the bit; `fast` repeats the chroma samples instead of interpolating them, which is 15 % faster
-        and 1.4 of 255 off on average before the crop is resized.
+        Only these are quick: libjpeg-turbo has vector code for them and not for the eighths in between. At full size
+        the pixels are Pillow's to the bit; `fast` repeats the chroma samples instead of interpolating them, which is
+        15 % faster and 1.4 of 255 off on average before the crop is resized.
 
         Raises:
             BadImage: cut off or damaged.
@@ -75,8 +88,15 @@ class Encoded:
         if self.opened is None:
             part = next((n for n in (8, 4, 2) if 1 / n >= scale), 1)
             try:
-                return simplejpeg.decode_jpeg(self.data, "RGB", min_height=-(-self.height // part), min_width=-(-self.width // part), fastupsample=fast)
-            except ValueError as error:  # also what libjpeg only warns of, as it does for some of ImageNet's files: Pillow decides
+                return simplejpeg.decode_jpeg(
+                    self.data,
+                    "RGB",
+                    min_height=-(-self.height // part),
+                    min_width=-(-self.width // part),
+                    fastupsample=fast,
+                )
+            except ValueError as error:
+                # Also what libjpeg only warns of, as it does for some of ImageNet's files: Pillow decides.
                 if _NO_MEMORY.search(str(error)):
                     raise MemoryError(str(error)) from None
                 self._open()
@@ -104,9 +124,10 @@ class _Jpeg(JpegImageFile):
 
 class _Tiff(TiffImageFile):
     def _setup(self) -> None:
-        """Refuse what costs far more than its bytes: Pillow makes objects of the numbers, and libtiff takes a tile as a whole."""
+        """Refuse what costs far more than its bytes: Pillow makes objects of numbers, and libtiff takes whole tiles."""
         tags = self.tag_v2
-        numbers = sum(len(value) for tag, value in tags._tagdata.items() if tags.tagtype[tag] not in (1, 2, 7))  # those are bytes
+        # Types 1, 2 and 7 are bytes.
+        numbers = sum(len(value) for tag, value in tags._tagdata.items() if tags.tagtype[tag] not in (1, 2, 7))
         if numbers > _MAX_NUMBERS:
             raise BadImage(f"{numbers:,} bytes of numbers in its directory")
         if int(tags.get(TILEWIDTH, 1)) * int(tags.get(TILELENGTH, 1)) > _MAX_TILE:
@@ -135,7 +156,12 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 def _meaning(error: Exception) -> Exception:
     """Of what a decoder raises: BadImage for damaged bytes, of which Pillow has many classes; else the error itself."""
-    if isinstance(error, BadImage) or not isinstance(error, _DAMAGE) or getattr(error, "errno", None) is not None or _NO_MEMORY.search(str(error)):
+    if (
+        isinstance(error, BadImage)
+        or not isinstance(error, _DAMAGE)
+        or getattr(error, "errno", None) is not None
+        or _NO_MEMORY.search(str(error))
+    ):
         return error
     unknown = isinstance(error, UnidentifiedImageError)
     return BadImage(f"neither JPEG, TIFF, {', '.join(_FORMATS)}" if unknown else f"{type(error).__name__}: {error}")

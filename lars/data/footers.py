@@ -3,6 +3,7 @@
 pyarrow ends its whole process on some damaged footers, and on encrypted columns.
 So a child looks at them, and what kills it is told in one line.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -17,9 +18,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.config import Data, RecipeError, one_line
 from lars.data.forked import fork
 from lars.data.source import Source
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError, one_line
 
 _SIGNATURE = 28  # bytes that follow the metadata of a file with encrypted columns
 _A_ROW = 100  # bytes of Python's own for each image
@@ -76,7 +78,9 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
     inlet, outlet = os.pipe()
 
     def look() -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of C++ help nobody, nor does its memory on the disk
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 2
+        )  # the last words of C++ help nobody, nor does its memory on the disk
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with os.fdopen(outlet, "wb") as stream:
@@ -92,7 +96,9 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
             while len(found) < len(names) and not isinstance((found or [None])[-1], RecipeError):
                 found.append(pickle.load(stream))  # written by our own child
         except (EOFError, pickle.UnpicklingError):
-            found.append(RecipeError(f"{names[len(found)]} is not a readable Parquet file: pyarrow breaks down over its footer"))
+            found.append(
+                RecipeError(f"{names[len(found)]} is not a readable Parquet file: pyarrow breaks down over its footer")
+            )
     os.kill(child, signal.SIGKILL)  # it is not waited for longer than it is asked
     os.waitpid(child, 0)
     if isinstance(found[-1], RecipeError):
@@ -122,7 +128,9 @@ def span_of(group: pq.RowGroupMetaData, columns: Sequence[str] | None = None) ->
 def has_dictionary(group: pq.RowGroupMetaData, column: str) -> bool:
     """Whether values of this column may stand in the file once and count often."""
     chunks = (group.column(number) for number in range(group.num_columns))
-    return any("DICTIONARY" in encoding for chunk in chunks if chunk.path_in_schema == column for encoding in chunk.encodings)
+    return any(
+        "DICTIONARY" in encoding for chunk in chunks if chunk.path_in_schema == column for encoding in chunk.encodings
+    )
 
 
 def _described(name: str, raw: bytes, size: int, data: Data) -> File | RecipeError:
@@ -150,7 +158,7 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
                 memory += max(chunk.total_uncompressed_size, chunk.total_compressed_size)
             statistics = chunk.statistics if chunk.path_in_schema == data.label_column else None
             if statistics is not None and statistics.has_null_count and statistics.null_count:
-                raise RecipeError(lacking_labels(name, number, statistics.null_count))
+                raise RecipeError(missing_labels(name, number, statistics.null_count))
             if statistics is not None and statistics.has_min_max:
                 labels = int(statistics.min), int(statistics.max)
         groups.append(Group(group.num_rows, span, whole, memory, labels))
@@ -159,8 +167,9 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
     return File(metadata.num_rows, groups)
 
 
-def lacking_labels(name: str, group: int, count: int) -> str:
-    return f"{count:,} labels in row group {group} of {name} are null: every image needs a class number, leave out those without"
+def missing_labels(name: str, group: int, count: int) -> str:
+    remedy = "every image needs a class number, leave out those without"
+    return f"{count:,} labels in row group {group} of {name} are null: {remedy}"
 
 
 def _check_columns(name: str, schema: pa.Schema, data: Data) -> None:
@@ -171,6 +180,8 @@ def _check_columns(name: str, schema: pa.Schema, data: Data) -> None:
     image, label = schema.field(data.image_column).type, schema.field(data.label_column).type
     fields = [field.type for field in image if field.name == "bytes"] if pa.types.is_struct(image) else []
     if len(fields) != 1 or not (pa.types.is_binary(fields[0]) or pa.types.is_large_binary(fields[0])):
-        raise RecipeError(f"{name}: column {data.image_column} is {image}, not an image (a struct with `bytes: binary`)")
+        raise RecipeError(
+            f"{name}: column {data.image_column} is {image}, not an image (a struct with `bytes: binary`)"
+        )
     if not pa.types.is_integer(label):
         raise RecipeError(f"{name}: column {data.label_column} is {label}, not a class number")

@@ -1,4 +1,5 @@
 """A child process that ends with its parent, whatever ends that one, and whatever has stopped the child."""
+
 from __future__ import annotations
 
 import ctypes
@@ -14,10 +15,11 @@ _prctl, _PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linu
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child that ends with its parent and leaves signals to it (launchers signal whole process groups)."""
+    """Run `work` in a child that ends with its parent and leaves signals to it: launchers signal process groups."""
     parent, lasting = os.getpid(), threading.current_thread() is threading.main_thread()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of the parent: the child uses none of what they may hold
+        # It warns of the parent's threads: the child uses nothing that they may hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child:
         return child
@@ -25,7 +27,8 @@ def fork(work: Callable[[], None]) -> int:
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        if _prctl and lasting:  # the kernel counts the end of the thread that forked, and its SIGKILL reaches a stopped process too
+        # The kernel counts the end of the thread that forked, and its SIGKILL reaches a stopped process too.
+        if _prctl and lasting:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         work()

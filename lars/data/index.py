@@ -1,8 +1,9 @@
-"""What a split is made of: files, row groups, rows. Read once from the Parquet footers, by one rank, and given to the others.
+"""What a split is made of: files, row groups, rows. One rank reads it from the footers and gives it to the others.
 
-`datasets` resolves names, revisions, files and access; rows are then read by (file, row group), one range of bytes each,
-because `reshard()` opens every footer in every process and `.shard(n, i)` costs O(n).
+`datasets` resolves names, revisions, files and access; rows are then read by (file, row group), one range of bytes
+each, because `reshard()` opens every footer in every process and `.shard(n, i)` costs O(n).
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lars.config import Data, RecipeError, one_line
 from lars.data.content import Content
 from lars.data.footers import File, check_label_range, describe, read_footer
 from lars.data.source import DataError, Source, causes
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError, one_line
 
 _AT_ONCE = 16  # footers that are read at the same time
 
@@ -108,7 +110,9 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     for name, state, here, there in zip(names, states, footers, index.footers):
         if here != there:
             rows = [describe([name], [footer], [state], data)[0].rows for footer in (here, there)]
-            ours, theirs = (f"{n:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for n, f in zip(rows, (here, there)))
+            ours, theirs = (
+                f"{n:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for n, f in zip(rows, (here, there))
+            )
             raise RecipeError(f"{name} has {ours}, rank 0's has {theirs}: all nodes need the same data")
     return replace(index, files=names, states=states, root=root)
 
@@ -126,7 +130,7 @@ def _folder(data: Data) -> str:
 
 
 def resolve(data: Data) -> dict[str, list[str]]:
-    """{split: its files in the order of their base names}; a Hub id, a folder, or the address of a folder (https://, s3://, ...).
+    """{split: its files in the order of their base names}, of a Hub id, a folder or its address (https://, s3://, ...).
 
     Raises:
         RecipeError: there is nothing, or no access to it.
@@ -136,9 +140,13 @@ def resolve(data: Data) -> dict[str, list[str]]:
     path = _folder(data)
     local, address = os.path.isdir(path), "://" in path
     if address and ("@" in path or "?" in path):  # it would stand in config.yaml and in logs
-        raise RecipeError("data.path holds credentials or a signature: leave them to the file system's own environment variables")
+        raise RecipeError(
+            "data.path holds credentials or a signature: leave them to the file system's own environment variables"
+        )
     if path.startswith("hf://datasets/"):  # it would follow the newest commit
-        raise RecipeError(f"data.path={data.path}: give the Hub id alone (owner/name), and a commit or tag as data.revision")
+        raise RecipeError(
+            f"data.path={data.path}: give the Hub id alone (owner/name), and a commit or tag as data.revision"
+        )
     if local and os.path.samefile(path, os.sep):
         raise RecipeError(f"data.path={data.path} is the whole machine: name the folder of the data set")
     if not local and not address and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -148,7 +156,10 @@ def resolve(data: Data) -> dict[str, list[str]]:
     try:
         if address:
             files = Source(path, data.retry_seconds).files
-            parts = {split: files.glob(f"{path.rstrip('/')}/{split}-*.parquet") for split in (data.train_split, data.val_split)}
+            parts = {
+                split: files.glob(f"{path.rstrip('/')}/{split}-*.parquet")
+                for split in (data.train_split, data.val_split)
+            }
             parts = {split: list(map(files.unstrip_protocol, names)) for split, names in parts.items() if names}
         else:
             import datasets  # two seconds; not needed by anything that only handles an Index
@@ -161,7 +172,10 @@ def resolve(data: Data) -> dict[str, list[str]]:
     for split, names in found.items():
         twice = [name for name, count in Counter(map(os.path.basename, names)).items() if count > 1]
         if twice:
-            raise RecipeError(f"split {split!r} of data.path={data.path} has two files named {twice[0]}: sample ids need one order of names")
+            raise RecipeError(
+                f"split {split!r} of data.path={data.path} has two files named {twice[0]}: "
+                "sample ids need one order of names"
+            )
     return found
 
 
@@ -169,8 +183,8 @@ def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
     chain = causes(error)
     if any(isinstance(e, gated) or "is a gated dataset" in str(e) for e in chain):
         return (
-            f"data.path={path} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then run "
-            "`hf auth login` (or set HF_TOKEN) on every node"
+            f"data.path={path} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then "
+            "run `hf auth login` (or set HF_TOKEN) on every node"
         )
     if any(isinstance(e, ConnectionError) for e in chain):
         return f"data.path={path}: no folder of that name here, and the Hub cannot be reached"
@@ -187,7 +201,9 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
         footers = _cached(source, names, states) or tuple(pool.map(partial(read_footer, source), names, states))
     _keep(source, names, states, footers)
     described = describe(names, footers, states, data)
-    groups = [(number, place, group) for number, file in enumerate(described) for place, group in enumerate(file.groups)]
+    groups = [
+        (number, place, group) for number, file in enumerate(described) for place, group in enumerate(file.groups)
+    ]
     if not sum(file.rows for file in described):
         raise RecipeError(f"split {split!r} of data.path={data.path} has no rows")
     classes = []
@@ -205,7 +221,7 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
 
 
 def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:
-    """What `content.json` of a folder, as `lars.convert` writes it, says of its files' row groups; "" where it is silent.
+    """What a folder's `content.json`, from `lars.commands.convert`, says of its row groups; "" where it is silent.
 
     Raises:
         RecipeError: it is no such file, or of other row groups.
@@ -213,10 +229,12 @@ def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tup
     declared, beside = [], Path(root) / "content.json"
     for name, file in zip(names, described):
         try:
-            said = json.loads(beside.read_text())["files"].get(os.path.relpath(name, root)) if beside.is_file() else None
+            said = (
+                json.loads(beside.read_text())["files"].get(os.path.relpath(name, root)) if beside.is_file() else None
+            )
             hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups_blake3"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            remedy = "remove it, or make it again with `python -m lars.convert`"
+            remedy = "remove it, or make it again with `lars convert`"
             raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
         if len(hashes) != len(file.groups):
             groups = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}"
@@ -231,7 +249,7 @@ def _cache_file(names: list[str], states: tuple[str, ...]) -> Path:
 
 
 def _cached(source: Source, names: list[str], states: tuple[str, ...]) -> tuple[bytes, ...] | None:
-    """Footers of remote files as an earlier start read them; a file that changed has another state, and so another key."""
+    """Footers of remote files as an earlier start read them; a changed file has another state, and so another key."""
     if source.local:
         return None
     try:

@@ -1,4 +1,5 @@
 """Delivers the passes of one process as pixels, a few ahead of their use; `processes.py` is how it is done."""
+
 from __future__ import annotations
 
 import logging
@@ -17,14 +18,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from lars.batch import BatchPlan
-from lars.config import Recipe, RecipeError
 from lars.data.forked import fork
 from lars.data.index import Index
 from lars.data.order import Order
 from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end
 from lars.data.reader import Pass, Reader
 from lars.data.source import DataError
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.refusal import RecipeError
 
 log = logging.getLogger("lars")
 
@@ -39,7 +41,7 @@ class Batch:
     labels: Tensor  # int64 (n,)
     ids: np.ndarray  # int64 (n,): row numbers in the split
     bad: int  # images that could not be decoded and were replaced by a neighbour
-    lacking: Exception | None = None  # why these are zeros instead of samples
+    data_error: Exception | None = None  # why these are zeros instead of samples
 
 
 def workers_of(recipe: Recipe) -> int:
@@ -49,20 +51,24 @@ def workers_of(recipe: Recipe) -> int:
 
 
 def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:
-    """What a process reads in an epoch, and the memory and the processes that it takes; a warning if files are sorted by class."""
-    order, mine = Order(index, recipe.seed, plan.global_batch, plan.bn_group), range(plan.passes_per_process * plan.micro_batch)
+    """What a process reads in an epoch, and its memory and processes; a warning if files are sorted by class."""
+    order = Order(index, recipe.seed, plan.global_batch, plan.bn_group)
+    mine = range(plan.passes_per_process * plan.micro_batch)
     groups = order.row_groups(0, mine)
     share = index.rows[groups].sum() * plan.processes / index.samples
-    if index.classes_per_group and 4 * index.classes_per_group < min(recipe.model.num_classes, index.samples / len(index.rows)):
+    if index.classes_per_group and 4 * index.classes_per_group < min(
+        recipe.model.num_classes, index.samples / len(index.rows)
+    ):
         log.warning(
-            "the row groups hold %.1f classes each on average: the files are sorted by class, and a batch-norm group sees only the "
-            "classes of %.0f row groups; `python -m lars.convert` writes image folders as shuffled files",
+            "the row groups hold %.1f classes each on average: the files are sorted by class, and a batch-norm group "
+            "sees only the classes of %.0f row groups; `lars convert` writes image folders as shuffled files",
             index.classes_per_group,
             order.window_groups,
         )
     return (
-        f"data: {len(index.files):,} files of {len(index.rows):,} row groups; a process reads {len(groups):,} of them an epoch "
-        f"({share:.2f} x its share), holds up to {_needed(order, index, mine) / 2**20:,.0f} MiB of them and has {workers_of(recipe)} to decode"
+        f"data: {len(index.files):,} files of {len(index.rows):,} row groups; a process reads {len(groups):,} of them "
+        f"an epoch ({share:.2f} x its share), holds up to {_needed(order, index, mine) / 2**20:,.0f} MiB of them and "
+        f"has {workers_of(recipe)} to decode"
     )
 
 
@@ -73,9 +79,19 @@ def _needed(order: Order, index: Index, slots: range) -> float:
 
 
 def training_batches(
-    order: Order, index: Index, recipe: Recipe, slots: list[range], first_step: int, last_step: int, device: torch.device | None = None
+    order: Order,
+    index: Index,
+    recipe: Recipe,
+    slots: list[range],
+    first_step: int,
+    last_step: int,
+    device: torch.device | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Loader:
-    """The passes `slots` (consecutive) of the steps `first_step` ... `last_step - 1`, counted from 0."""
+    """The passes `slots` (consecutive) of the steps `first_step` ... `last_step - 1`, counted from 0.
+
+    `stop` is asked while there is nothing to deliver.
+    """
     mine = range(slots[0].start, slots[-1].stop)
 
     def passes() -> Iterator[Pass]:
@@ -91,10 +107,14 @@ def training_batches(
         return wanted
 
     reader = Reader(index, recipe.data, recipe.model.num_classes, remaining, _needed(order, index, mine))
-    return Loader(reader, passes(), max(map(len, slots)), recipe, training=True, device=device)
+    batches = Loader(reader, passes(), max(map(len, slots)), recipe, training=True, device=device)
+    batches.stop = stop
+    return batches
 
 
-def evaluation_batches(index: Index, recipe: Recipe, chunk: int, chunks: range, device: torch.device | None = None) -> Loader:
+def evaluation_batches(
+    index: Index, recipe: Recipe, chunk: int, chunks: range, device: torch.device | None = None
+) -> Loader:
     """The split in order, cut into chunks of `chunk` samples; this process's share of them."""
     bounds = [(c * chunk, min((c + 1) * chunk, index.samples)) for c in chunks]
 
@@ -119,14 +139,22 @@ class Loader:
         InterruptedError: `stop` said so.
     """
 
-    def __init__(self, reader: Reader, passes: Iterable[Pass], most: int, recipe: Recipe, training: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        passes: Iterable[Pass],
+        most: int,
+        recipe: Recipe,
+        training: bool,
+        device: torch.device | None = None,
+    ) -> None:
         """`most` is the number of samples of the largest pass."""
         workers = workers_of(recipe)
         together = min(_TOGETHER, max(4, most // (2 * workers)))
         slots = max(3, -(-2 * workers * together // most) + 2)
         self.stop: Callable[[], bool] = lambda: False
         self.waited = 0.0  # seconds in which the training process had to wait for a batch
-        # seconds without any news that are too many: a read may be tried again for so long, and the watchdog ends the run later
+        # Too many seconds without any news: more than a read is tried again for, and fewer than the watchdog waits.
         self.silent, self.patience = 0, (recipe.data.retry_seconds + recipe.runtime.hang_seconds) / 2
         self.cuda = device is not None and device.type == "cuda"
         self.shared = Shared(slots, most, recipe.model.image_size, max(ARENA, 4 * workers * 2**20))
@@ -144,8 +172,8 @@ class Loader:
             self.shared.pin()
 
     def take(self, samples: int) -> Batch:
-        """The next batch, or zeros and the reason. So a process whose data fail plays its step to the end like the others, and
-        there all of them learn of it: one that left would leave them waiting."""
+        """The next batch, or zeros and the reason: so a process whose data fail plays its step to the end like the
+        others, where all of them learn of it. One that left would leave them waiting."""
         try:
             return next(self)
         except (DataError, RecipeError, InterruptedError) as error:
@@ -221,14 +249,22 @@ class Loader:
             if pid:
                 del self.children[child]  # its number may be another process's from now on
                 code = os.waitstatus_to_exitcode(status)
-                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
-                self.failure = self.next, DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers")
+                how = (
+                    f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
+                )
+                self.failure = (
+                    self.next,
+                    DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers"),
+                )
                 return
         if self.silent > self.patience:
             states = {child: psutil.Process(child).status() for child in self.children}
             # who only waits for work sleeps; where all do, the reader waits for the data
-            standing = [child for child, state in states.items() if state != psutil.STATUS_SLEEPING] or list(self.children)[:1]
+            standing = [child for child, state in states.items() if state != psutil.STATUS_SLEEPING] or list(
+                self.children
+            )[:1]
             named = ", ".join(f"{self.children[child]} process {child} ({states[child]})" for child in standing)
-            self.failure = self.next, DataError(f"the loader has delivered nothing for {self.silent} s: {named} stands still")
-
-
+            self.failure = (
+                self.next,
+                DataError(f"the loader has delivered nothing for {self.silent} s: {named} stands still"),
+            )

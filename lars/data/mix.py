@@ -1,8 +1,9 @@
 """Mixup and cutmix inside each batch-norm group, keyed by (seed, step, group): the same at any number of processes.
 
-timm mixes a whole batch with its reverse, which would make the run depend on `micro_batch`; here each group of `bn_group`
-slots is mixed with its own reverse. Without batch norm the groups are pairs of slots.
+timm mixes a whole batch with its reverse, which would make the run depend on `micro_batch`; here each group of
+`bn_group` slots is mixed with its own reverse. Without batch norm the groups are pairs of slots.
 """
+
 from __future__ import annotations
 
 import math
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lars.config import Recipe
-from lars.keyed import MixDraw, Purpose, uniform
+from lars.exact.keyed import MixDraw, Purpose, uniform
+from lars.recipe.keys import Recipe
 
 _TRIES = 64  # of Johnk's method for Beta(alpha, alpha); at alpha = 1 it fails once in 2^64
 
@@ -30,7 +31,10 @@ def mix(images: Tensor, labels: Tensor, recipe: Recipe, step: int, first_slot: i
         labels: int64 (n,).
     """
     size, targets = group_size(recipe), F.one_hot(labels, recipe.model.num_classes).float()
-    mixed = [_mix_group(*part, recipe, step, first_slot // size + number) for number, part in enumerate(zip(images.split(size), targets.split(size)))]
+    mixed = [
+        _mix_group(*part, recipe, step, first_slot // size + number)
+        for number, part in enumerate(zip(images.split(size), targets.split(size)))
+    ]
     return torch.cat([pixels for pixels, _ in mixed]), torch.cat([target for _, target in mixed])
 
 

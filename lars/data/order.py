@@ -6,11 +6,12 @@ positions [t B, (t + 1) B), and slot s is position t B + s. Nothing here knows a
 A process plays the same slots in every step, and should read few row groups. So slots form lanes of `bn_group`, and an
 epoch's samples are dealt lane by lane: the row groups are put in a random order, end to end; each lane takes a
 consecutive part of that line, as long as it has slots in the epoch; the part is shuffled inside windows of several row
-groups. Odd lanes go through their part backwards, so that two neighbours use the row group that they share at the same time.
+groups. Odd lanes go through their part backwards, so neighbours use the row group that they share at the same time.
 
-The window is WINDOW_ROW_GROUPS, and more where lanes are few, so that all of them together hold OPEN_ROW_GROUPS: with fewer,
-files sorted by class give batches of few classes (`tests/benchmarks/order.py` measures it against a full permutation).
+The window is WINDOW_ROW_GROUPS, and more where lanes are few, so that together they hold OPEN_ROW_GROUPS: with fewer,
+files sorted by class give batches of few classes (`tests/benchmarks/order.py` compares it with a full permutation).
 """
+
 from __future__ import annotations
 
 import math
@@ -19,17 +20,19 @@ from functools import lru_cache
 import numpy as np
 
 from lars.data.index import Index
-from lars.keyed import Purpose, mix64, permutation
+from lars.exact.keyed import Purpose, mix64, permutation
 
 WINDOW_ROW_GROUPS = 4  # of each lane, at least
 OPEN_ROW_GROUPS = 256  # of all lanes together, at least
 
 
 class Order:
-    """The ids of any stretch of the stream, at the cost of that stretch (and of one permutation of row groups an epoch)."""
+    """The ids of any stretch of the stream, for the work of that stretch and one permutation of row groups an epoch."""
 
-    def __init__(self, index: Index, seed: int, global_batch: int, bn_group: int | None, window: float | None = None) -> None:
-        """`window` is the number of row groups that are shuffled together; by default it follows from the number of lanes."""
+    def __init__(
+        self, index: Index, seed: int, global_batch: int, bn_group: int | None, window: float | None = None
+    ) -> None:
+        """`window`: how many row groups are shuffled together; by default it follows from the number of lanes."""
         self.rows, self.first_row, self.samples = index.rows, index.first_row, index.samples
         self.seed, self.batch = seed, global_batch
         self.lane = bn_group or math.gcd(global_batch, 32)
@@ -60,13 +63,17 @@ class Order:
         return sum(samples_hash(step, slots, self.ids(step, slots)) for step in range(first, last)) % 2**64
 
     def row_groups(self, epoch: int, slots: range) -> np.ndarray:
-        """The row groups that hold the samples of these slots (whole lanes) in one epoch: what a process that plays them reads."""
+        """The row groups of these slots' samples (whole lanes) in one epoch: what a process that plays them reads."""
         start, end = self._begin(epoch, slots.start // self.lane), self._begin(epoch, -(-slots.stop // self.lane))
         groups, begins, turn = self._line(epoch)
         begin = (start + turn) % self.samples
         stop = begin + end - start  # beyond the end of the line it goes on at its beginning
         first, last = np.searchsorted(begins, [begin, (stop - 1) % self.samples], side="right") - 1
-        return groups[first : last + 1] if stop <= self.samples else np.unique(np.concatenate([groups[first:], groups[: last + 1]]))
+        return (
+            groups[first : last + 1]
+            if stop <= self.samples
+            else np.unique(np.concatenate([groups[first:], groups[: last + 1]]))
+        )
 
     def _lane_piece(self, epoch: int, lane: int, position: int, count: int) -> np.ndarray:
         start, length = self._begin(epoch, lane), self._begin(epoch, lane + 1) - self._begin(epoch, lane)
@@ -76,7 +83,7 @@ class Order:
         return self._stretch(epoch, start, length, low, low + count)
 
     def _stretch(self, epoch: int, start: int, length: int, low: int, high: int) -> np.ndarray:
-        """The samples at [low, high) of a lane's part, which has `length` places from `start` on and is cut into windows."""
+        """The samples at [low, high) of a lane's part, which has `length` places from `start` on, in windows."""
         windows = max(1, round(length / self.window))
         pieces = []
         while low < high:
@@ -106,7 +113,11 @@ class Order:
         Without the turn a lane would cut row groups of equal size at the same row in every epoch.
         """
         groups = permutation(len(self.rows), self.seed, Purpose.ROW_GROUPS, epoch)
-        return groups, np.concatenate([[0], np.cumsum(self.rows[groups])]), int(mix64(self.seed, Purpose.TURN, epoch) % np.uint64(self.samples))
+        return (
+            groups,
+            np.concatenate([[0], np.cumsum(self.rows[groups])]),
+            int(mix64(self.seed, Purpose.TURN, epoch) % np.uint64(self.samples)),
+        )
 
     def _shuffled(self, epoch: int, start: int, count: int) -> np.ndarray:
         """The ids at [start, start + count) of the epoch's line, shuffled."""

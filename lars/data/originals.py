@@ -3,6 +3,7 @@
 No link is followed, because it can lead out of the tree or back into it, and nothing but a regular file is opened.
 What is called an image and cannot be taken is refused by name, not left out: no image is missing unseen.
 """
+
 from __future__ import annotations
 
 import io
@@ -14,8 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lars.config import RecipeError, one_line
 from lars.data.decode import MAX_BYTES
+from lars.recipe.refusal import RecipeError, one_line
 
 SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # {split: what its image folder may be called}
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
@@ -148,7 +149,7 @@ def ilsvrc_tars(folder: Path, splits: list[str], val_labels: Path | None) -> Ori
     classes = sorted(nested or set(wnids.values()))
     if "train" in splits:
         found["train"] = []
-        for label, (name, row) in enumerate(sorted(nested.items())):
+        for label, (_, row) in enumerate(sorted(nested.items())):
             inner = _members(train, _ENDINGS, left_out["train"], row.offset, row.offset + row.size)
             if not inner:
                 raise RecipeError(f"{train}: {row.name} holds no image ({' '.join(_ENDINGS)}): fetch it again")

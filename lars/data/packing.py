@@ -1,8 +1,9 @@
 """The Parquet files of a local copy: which there are, and how each is written, with the hashes of its content.
 
-Images are put into row groups, originals are copied byte for byte. A worker of `lars.convert` writes into the folder
-for unfinished work alone; the process that began the work puts in its place what is finished.
+Images are put into row groups, originals are copied byte for byte. A worker of `lars.commands.convert` writes into the
+folder for unfinished work alone; the process that began the work puts in its place what is finished.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -23,14 +24,15 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.config import Data, RecipeError
 from lars.data.content import row_group_hash
 from lars.data.decode import BadImage, Encoded
 from lars.data.footers import span_of
 from lars.data.index import resolve
 from lars.data.originals import Originals, Row
 from lars.data.source import DataError, Source
-from lars.keyed import permutation
+from lars.exact.keyed import permutation
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError
 
 ROW_GROUP = 100  # rows, as on the Hub
 UNFINISHED = ".convert"  # the folder in OUT for unfinished work; `datasets` reads no hidden one
@@ -206,7 +208,7 @@ def _write(target: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
 
 
 def content_of(file: Path) -> dict[str, Any]:
-    """SHA-256 of a Parquet file, and BLAKE3 of each row group: of its bytes from its first page to the end of its last one."""
+    """SHA-256 of a Parquet file, and BLAKE3 of each row group: its bytes from its first page to the end of its last."""
     spans = _spans(file)
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         with memoryview(whole) as view:
@@ -234,7 +236,8 @@ def begin_worker(counter: Any) -> None:
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no orphans
+    # No orphans: it ends with its parent.
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _advance(amount: int) -> None:

@@ -2,10 +2,11 @@
 
     files -> reader (row groups, each once) -> encoded samples -> decoders -> pixels of a pass -> the training process
 
-The memory is one anonymous mapping made before the processes are forked, and they talk over pipes, in messages of a fixed
-size that one read takes whole. Nothing has a name and no lock is held by anyone, so a process that is killed leaves nothing
-behind and nobody waiting: the others see that their parent is gone, and the parent sees that a child is.
+The memory is one anonymous mapping made before the processes are forked, and they talk over pipes, in messages of a
+fixed size that one read takes whole. Nothing has a name and no lock is held by anyone, so a process that is killed
+leaves nothing behind and nobody waiting: the others see that their parent is gone, and the parent sees that a child is.
 """
+
 from __future__ import annotations
 
 import logging
@@ -23,18 +24,20 @@ import cv2
 import numpy as np
 import torch
 
-from lars.config import Recipe, RecipeError, one_line
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import MAX_BYTES, BadImage
 from lars.data.reader import Pass, Reader, Samples
 from lars.data.source import DataError, DecoderError
+from lars.recipe.keys import Recipe
+from lars.recipe.refusal import RecipeError, one_line
 
 log = logging.getLogger("lars")
 
 ARENA = 2 * MAX_BYTES + 2**20  # bytes of encoded samples on their way to a decoder; more with many of them
 _ERROR = 64 * 1024  # bytes for the reader's last words
 _TASK = struct.Struct("<qqqq")  # reader to decoders: place in the arena, samples, slot, pass
-_BACK = struct.Struct("<qq")  # decoders to reader: place in the arena; -1: done, n: sample n is no image, -2 - n: it failed
+# Decoders to reader: place in the arena; -1: done, n: sample n is no image, -2 - n: it failed.
+_BACK = struct.Struct("<qq")
 _WORDS = 256  # bytes of a sample in the arena, at least: there a decoder says what is wrong with it
 NEWS = struct.Struct("<qqqq")  # to the training process: what, then as below
 DONE, END, FAILED = range(3)  # DONE: pass, slot, samples. END: number of passes. FAILED: pass, length of the error
@@ -63,10 +66,15 @@ class Shared:
 
     def pin(self) -> None:
         """Let a GPU read the pixels directly, so that its copies run beside its work."""
-        error = int(torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0))  # the enum itself is always true
+        # The enum itself is always true.
+        error = int(torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0))
         self.pinned = not error
         if error:
-            log.warning("%d MiB of memory could not be pinned (CUDA error %d): copies to the GPU are slower", self.images.nbytes >> 20, error)
+            log.warning(
+                "%d MiB of memory could not be pinned (CUDA error %d): copies to the GPU are slower",
+                self.images.nbytes >> 20,
+                error,
+            )
 
     def unpin(self) -> None:
         if self.pinned:
@@ -123,7 +131,7 @@ class _Task:
 
 
 class Serving:
-    """The reader process: gives each pass a slot, hands its samples to the decoders, finds neighbours for bad images."""
+    """The reader process: gives each pass a slot, its samples to the decoders, and finds neighbours for bad images."""
 
     def __init__(self, reader: Reader, passes: Iterable[Pass], shared: Shared, pipes: Pipes, together: int) -> None:
         self.reader, self.passes, self.shared, self.pipes, self.together = reader, passes, shared, pipes, together
@@ -162,7 +170,9 @@ class Serving:
         self.shared.labels[slot, :count], self.shared.ids[slot, :count] = samples.labels, samples.ids
         self.shared.counts[slot] = count, 0
         several, size = [], 0
-        for place, (sample_id, epoch, data) in enumerate(zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)):
+        for place, (sample_id, epoch, data) in enumerate(
+            zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)
+        ):
             several.append(_Sample(place, sample_id, epoch, data))
             size += len(data or b"")
             if len(several) == self.together or size > MAX_BYTES // 4 or place == count - 1:
@@ -170,7 +180,8 @@ class Serving:
                 several, size = [], 0
 
     def _send(self, number: int, slot: int, samples: list[_Sample]) -> None:
-        data = [(s.data or b"")[: MAX_BYTES + 1] for s in samples]  # one byte too many is enough for the decoder to refuse it
+        # One byte too many is enough for the decoder to refuse it.
+        data = [(s.data or b"")[: MAX_BYTES + 1] for s in samples]
         table = np.array([(s.place, s.epoch, s.id, len(d)) for s, d in zip(samples, data)], np.int64).tobytes()
         size = len(table) + sum(max(_WORDS, len(d)) for d in data)
         while (begin := self._room(size)) is None:
@@ -179,7 +190,8 @@ class Serving:
         for sample, part in zip(samples, data):
             self.shared.arena[at : at + len(part)], sample.at = part, at
             at += max(_WORDS, len(part))
-        self.tasks.append(_Task(begin, -(-at // 8) * 8, slot, number, samples))  # tables of integers begin at multiples of 8
+        # Tables of integers begin at multiples of 8.
+        self.tasks.append(_Task(begin, -(-at // 8) * 8, slot, number, samples))
         self._hear()  # so that decoders never wait for us while we wait for them
         os.write(self.pipes.tasks[1], _TASK.pack(begin, len(samples), slot, number))
 
@@ -223,7 +235,10 @@ class Serving:
             if not bad:
                 raise DecoderError(f"{words} (sample {first + row}: {reader.where(group, row)})")
             log.warning(
-                "sample %d cannot be decoded (%s; %s); the next one of its row group stands in for it", first + row, words, reader.where(group, row)
+                "sample %d cannot be decoded (%s; %s); the next one of its row group stands in for it",
+                first + row,
+                words,
+                reader.where(group, row),
             )
             if tries == rows:
                 raise DataError(f"no image of {index.place(group)} can be decoded")

@@ -1,4 +1,5 @@
-"""The encoded samples of one process: each row group is read once, ahead of its use, and gives up each sample as it is taken."""
+"""The encoded samples of one process: a row group is read once, ahead of its use, and gives up samples one by one."""
+
 from __future__ import annotations
 
 import logging
@@ -14,17 +15,19 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.config import Data, RecipeError, one_line
 from lars.data.content import row_group_hash
-from lars.data.footers import check_label_range, has_dictionary, lacking_labels, parse_footer, span_of
+from lars.data.footers import check_label_range, has_dictionary, missing_labels, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.source import DataError, Source
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError, one_line
 
 log = logging.getLogger("lars")
 
 _AT_ONCE = 4  # row groups that are read at the same time
 _SPARE = 64 * 2**20  # bytes that may be read ahead beyond what is needed
-_ASK_AGAIN = 60.0  # seconds after which a remote file's state is asked again, where a read does not tell that it changed
+# Seconds after which a remote file's state is asked again, where a read does not tell that it changed.
+_ASK_AGAIN = 60.0
 
 Key = tuple[int, int]  # epoch, row group
 Pass = tuple[np.ndarray, np.ndarray]  # ids, and the epoch of each
@@ -47,7 +50,7 @@ class _Group:
 
 
 def memory_share() -> int:
-    """Bytes that the row groups of one process may take: half of what is free, shared with the other ranks of this machine."""
+    """Bytes that a process's row groups may take: half of what is free, shared with the other ranks of this machine."""
     return psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -57,15 +60,17 @@ def check_memory(index: Index) -> None:
     if index.memory[group] > share:
         raise RecipeError(
             f"{index.place(group)} takes {index.memory[group] / 2**20:,.0f} MiB of memory, of which a process may have "
-            f"{share / 2**20:,.0f} MiB: write smaller row groups (`python -m lars.convert`), or use fewer processes a machine"
+            f"{share / 2**20:,.0f} MiB: write smaller row groups (`lars convert`), or use fewer processes a machine"
         )
 
 
 class Reader:
     """Serves passes in their order; `needed` is the number of bytes of row groups that they use at the same time."""
 
-    def __init__(self, index: Index, data: Data, num_classes: int, remaining: Callable[[int], np.ndarray], needed: float) -> None:
-        """`remaining(epoch)` tells, as bool (samples,), what will be taken in an epoch; nothing else is kept of a row group."""
+    def __init__(
+        self, index: Index, data: Data, num_classes: int, remaining: Callable[[int], np.ndarray], needed: float
+    ) -> None:
+        """`remaining(epoch)`, bool (samples,): what will be taken in an epoch; nothing else is kept of a row group."""
         self.index, self.data, self.num_classes, self.content = index, data, num_classes, index.content
         self.source: Source | None = None  # connections are made by the process that reads
         self.remaining = remaining
@@ -116,7 +121,7 @@ class Reader:
             return place
 
     def _plan(self, ids: np.ndarray, epochs: np.ndarray, must: bool) -> bool:
-        """Start the reads of a pass; False if there is no memory for them now. The next pass to be taken `must` have them."""
+        """Start the reads of a pass; False if there is no memory for them now. The next pass to take `must` have it."""
         keys = [k for k in self._keys(ids, epochs) if k not in self.held]
         size = sum(map(self._size, keys))
         if keys and self.total + size > self.limit:
@@ -144,8 +149,8 @@ class Reader:
         if key in self.given_up and not self.warned:
             self.warned = True
             log.warning(
-                "row groups are read more than once: the slots of this process use %.1f GiB of them at a time, and %.1f GiB of "
-                "memory may be taken for them; more memory or more machines make it faster",
+                "row groups are read more than once: the slots of this process use %.1f GiB of them at a time, and "
+                "%.1f GiB of memory may be taken for them; more memory or more machines make it faster",
                 self.needed / 2**30,
                 self.limit / 2**30,
             )
@@ -210,7 +215,8 @@ class Reader:
         first, last = span_of(metadata) if declared else (start, stop)
         data = self.source.read(name, first, last, self.index.states[file])
         if declared and row_group_hash(data).hex() != declared:
-            raise DataError(f"{self.index.place(group)} is not what content.json beside it says: the file is damaged, or was replaced")
+            reason = "the file is damaged, or was replaced"
+            raise DataError(f"{self.index.place(group)} is not what content.json beside it says: {reason}")
         digest = row_group_hash(memoryview(data)[start - first : stop - first])
         try:
             part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
@@ -222,7 +228,9 @@ class Reader:
             images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
             labels = table[self.data.label_column]
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{self.index.place(group)} cannot be read, the file is damaged: {one_line(error)}") from None
+            raise DataError(
+                f"{self.index.place(group)} cannot be read, the file is damaged: {one_line(error)}"
+            ) from None
         if len(labels) != self.index.rows[group]:
             rows_told = f"has {len(labels):,} rows, its footer says {self.index.rows[group]:,}"
             raise DataError(f"{self.index.place(group)} {rows_told}: the file is damaged")
@@ -230,7 +238,7 @@ class Reader:
             remedy = "put the file back, or give this run its own run_dir=..."
             raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
         if labels.null_count:
-            raise RecipeError(lacking_labels(name, number, labels.null_count))
+            raise RecipeError(missing_labels(name, number, labels.null_count))
         labels = labels.to_numpy()
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
         if rows is None:
@@ -239,17 +247,19 @@ class Reader:
         return _bytes_of(images, rows), labels
 
     def _check_unchanged(self, file: int) -> None:
-        """A local file before each read; a remote one, where asking costs a request, before the first and now and then."""
+        """A local file before each read; a remote one, which costs a request, before the first and now and then."""
         name, then = self.index.files[file], self.index.states[file]
         once = file in self.asked and not self.source.local  # asking is only needed again where a read does not tell
         if not once or not self.source.settled(then) and time.monotonic() - self.asked[file] > _ASK_AGAIN:
             now, self.asked[file] = self.source.state(name), time.monotonic()
             if now != then:
-                raise DataError(f"{name} has changed since the run began (size and version {then} -> {now}): put it back")
+                raise DataError(
+                    f"{name} has changed since the run began (size and version {then} -> {now}): put it back"
+                )
 
 
 def _bytes_of(images: pa.ChunkedArray, rows: np.ndarray | None) -> list[bytes | None]:
-    """Some rows, or all; of a dictionary, so that an image which stands there a thousand times takes its memory once."""
+    """Some rows, or all; of a dictionary, so that an image which is there a thousand times takes its memory once."""
     found: list[bytes | None] = []
     images = images if rows is None or len(rows) == len(images) else images.take(pa.array(rows))
     if not pa.types.is_dictionary(images.type):

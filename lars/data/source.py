@@ -1,8 +1,9 @@
 """Bytes of a file, wherever it lies, patiently: what fails is tried again for a while, then the run stops in order.
 
-Rate limits (429), server errors, resets, stalls and short answers pass; so may "not found" and "forbidden" on a Hub under
-load (datasets issues 7440 and 7506, torchtitan pull request 4830). No sample is ever skipped instead.
+Rate limits (429), server errors, resets, stalls and short answers pass; so may "not found" and "forbidden" on a Hub
+under load (datasets issues 7440 and 7506, torchtitan pull request 4830). No sample is ever skipped instead.
 """
+
 from __future__ import annotations
 
 import logging
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.config import conf
 
-from lars.refusal import hidden
+from lars.recipe.refusal import hidden
 
 log = logging.getLogger("lars")
 T = TypeVar("T")
@@ -45,9 +46,14 @@ class BadImages(DataError):
     def beyond(cls, bad: int, read: int, allowed: float) -> BadImages | None:
         """What is wrong with `bad` of `read` images, if that is a larger share than `allowed`."""
         least = math.ceil(bad / read * 1e4) / 1e4
-        return None if bad <= allowed * read else cls(
-            f"{bad} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows: "
-            f"repair the data, or allow data.max_bad_fraction={least:g} or more; either is another run, so give another run_dir"
+        return (
+            None
+            if bad <= allowed * read
+            else cls(
+                f"{bad} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows: "
+                f"repair the data, or allow data.max_bad_fraction={least:g}"
+                " or more; either is another run, so give another run_dir"
+            )
         )
 
 
@@ -62,13 +68,17 @@ class Source:
 
     def __init__(self, example: str, retry_seconds: float) -> None:
         self.retry_seconds, self.warned = retry_seconds, 0.0
-        options: dict[str, Any] = {"skip_instance_cache": True}  # no connection is shared with the process that forked this one
+        options: dict[str, Any] = {
+            "skip_instance_cache": True
+        }  # no connection is shared with the process that forked this one
         self.http = example.startswith(("http://", "https://"))
         self.at_commit = example.startswith("hf://datasets/") and "@" in example  # what `datasets` gives for a Hub id
         if self.http:
             options["client_kwargs"] = _client(min(30.0, retry_seconds / 4))
         self.files, _ = fsspec.url_to_fs(example, **options)
-        self.local = "file" in (self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,))
+        self.local = "file" in (
+            self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,)
+        )
 
     def state(self, path: str) -> str:
         """Size and version (time of change, ETag) of a file; it is another one after any change."""
@@ -84,7 +94,11 @@ class Source:
         Raises:
             DataError: they cannot be had within `retry_seconds`, or never.
         """
-        how = {"headers": {**self.files.kwargs.get("headers", {}), "If-Match": etag}} if (etag := self._condition(state)) else {}
+        how = (
+            {"headers": {**self.files.kwargs.get("headers", {}), "If-Match": etag}}
+            if (etag := self._condition(state))
+            else {}
+        )
 
         def once() -> bytes:
             data = self.files.cat_file(path, start=start, end=stop, **how)
@@ -124,19 +138,26 @@ class Source:
                 now = time.monotonic()
                 pause = min(max(wait * random.uniform(0.5, 1.5), _retry_after(error)), _LONGEST_WAIT)
                 if now + pause - started > self.retry_seconds or self.local and isinstance(error, FileNotFoundError):
-                    raise DataError(f"{_bare(path)} cannot be read{_explain(error)} (data.retry_seconds={self.retry_seconds:g})") from None
+                    raise DataError(
+                        f"{_bare(path)} cannot be read{_explain(error)} (data.retry_seconds={self.retry_seconds:g})"
+                    ) from None
                 if now - self.warned > _BETWEEN_WARNINGS:
                     self.warned = now
-                    log.warning("%s cannot be read at present%s; trying again for %.0f s", _bare(path), _explain(error), self.retry_seconds)
+                    log.warning(
+                        "%s cannot be read at present%s; trying again for %.0f s",
+                        _bare(path),
+                        _explain(error),
+                        self.retry_seconds,
+                    )
                 time.sleep(pause)
                 wait *= 2
 
 
 def _client(silent: float) -> dict[str, Any]:
-    """How HTTP is spoken: what the user configured for fsspec, `silent` seconds at most without a byte, and two refusals.
+    """How HTTP is spoken: as the user configured for fsspec, at most `silent` seconds without a byte, and two refusals.
 
-    aiohttp follows redirects from https to http, and takes along all credentials but the Authorization and Cookie headers
-    of a request: cookies and `auth` of the session, and headers as X-Api-Key. So they are all made headers, and dropped.
+    aiohttp follows redirects from https to http, and takes along all credentials but a request's Authorization and
+    Cookie headers: cookies and `auth` of the session, and headers like X-Api-Key. So all are made headers, and dropped.
     """
     import aiohttp
     from yarl import URL
@@ -165,7 +186,8 @@ def _client(silent: float) -> dict[str, Any]:
         headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
     if auth := client.pop("auth", None):
         headers["Authorization"] = f"Basic {b64encode(':'.join(auth).encode()).decode()}"
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=silent, sock_read=silent)  # aiohttp's own is five minutes for an answer
+    # aiohttp's own is five minutes for an answer.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=silent, sock_read=silent)
     return {**client, "headers": headers, "timeout": timeout, "trace_configs": [trace]}
 
 
@@ -180,7 +202,9 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp or of the Hub's client."""
-    statuses = (getattr(e, "status", None) or getattr(getattr(e, "response", None), "status_code", None) for e in causes(error))
+    statuses = (
+        getattr(e, "status", None) or getattr(getattr(e, "response", None), "status_code", None) for e in causes(error)
+    )
     return next(filter(None, statuses), None)
 
 
@@ -193,7 +217,8 @@ def _retry_after(error: BaseException) -> float:
 def _explain(error: BaseException) -> str:
     status = _status(error)
     if status in (401, 403):
-        return f": the server answers {status}, credentials are missing or have expired (`hf auth login`, or HF_TOKEN, on every node)"
+        why = "credentials are missing or have expired (`hf auth login`, or HF_TOKEN, on every node)"
+        return f": the server answers {status}, {why}"
     return f": {_bare(f'{type(error).__name__}: {error}')}"
 
 

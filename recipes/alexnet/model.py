@@ -4,6 +4,7 @@
 initialisation of the variants: repository borisgin/nvcaffe, `models/alexnet_bn/train_val.prototxt` and
 `train_val2.prototxt`. Convolution biases of the plain net: BVLC AlexNet in Caffe (remembered, not read).
 """
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class LocalResponseNorm(nn.Module):
     """x / (1 + alpha/5 * sum over 5 neighbouring channels of x^2)^0.75, alpha = 1e-4."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Three dimensions, because torch pools four of them with avg_pool3d, whose backward is not deterministic on GPUs.
+        # Three dimensions, because torch pools four with avg_pool3d, whose backward is not deterministic on GPUs.
         return F.local_response_norm(x.flatten(2), 5, alpha=1e-4, beta=0.75, k=1.0).view_as(x)
 
 
@@ -94,7 +95,9 @@ def _linear(inputs: int, outputs: int, std: float, bias: float) -> nn.Linear:
 
 def _build(norm: str, kwargs: dict) -> AlexNet:
     # timm's factory passes these to every model; there are no pretrained weights to configure.
-    return AlexNet(norm, **{k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")})
+    return AlexNet(
+        norm, **{k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    )
 
 
 @register_model

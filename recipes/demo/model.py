@@ -1,6 +1,7 @@
 """The demo trains the models of `recipes/alexnet` themselves."""
+
 from pathlib import Path
 
-from lars.config import import_model_file
+from lars.recipe.model_file import import_model_file
 
 import_model_file(Path(__file__).parents[1] / "alexnet")

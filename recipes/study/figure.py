@@ -1,4 +1,5 @@
 """The study's figures, as the paper draws them. `summary.py` calls it."""
+
 from __future__ import annotations
 
 import json
@@ -9,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import colormaps, pyplot  # noqa: E402
+from matplotlib import colormaps, pyplot
 
-from lars.run import read_lines  # noqa: E402
+from lars.run.reading import read_lines
 
 if TYPE_CHECKING:
     from summary import Study
 
 WALL_CLOCK = Path(__file__).parents[2] / "tests/benchmarks/wall_clock.json"
-TITLES = {"sgd-linear": "SGD, linear scaling", "sgd-sqrt": "SGD, square-root scaling", "lars": "LARS"}  # in the tables' order
+TITLES = {
+    "sgd-linear": "SGD, linear scaling",
+    "sgd-sqrt": "SGD, square-root scaling",
+    "lars": "LARS",
+}  # in the tables' order
 NETS = {"resnet": "ResNet", "alexnet": "AlexNet"}
 _COLOURS = {"sgd-linear": "#d55e00", "sgd-sqrt": "#e69f00", "lars": "#0072b2"}  # told apart by the colour-blind, too
 
@@ -64,7 +69,12 @@ def _wall_clock(axis: pyplot.Axes, study: Study) -> None:
     rows = [row for row in json.loads(WALL_CLOCK.read_text())["rows"] if row["model"] == study.model]
     for processes, marker in ((1, "o"), (2, "s")):
         there = [row for row in rows if row["processes"] == processes]
-        style = {"marker": marker, "color": "#444444", "alpha": 1 / processes, "label": f"{processes} process" + ("es" if processes > 1 else "")}
+        style = {
+            "marker": marker,
+            "color": "#444444",
+            "alpha": 1 / processes,
+            "label": f"{processes} process" + ("es" if processes > 1 else ""),
+        }
         axis.plot([row["batch"] for row in there], [row["seconds"] for row in there], **style)
     axis.set_ylim(bottom=0)
     axis.set_title("seconds of an epoch on two CPU cores, LARS", fontsize=10)

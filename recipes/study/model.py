@@ -1,4 +1,8 @@
-"""The study's two nets, for images of 24 pixels: timm's residual blocks and AlexNet's layers at a size that two cores can train."""
+"""The study's two nets, for images of 24 pixels: timm's residual blocks and AlexNet's layers.
+
+They have a size that two cores can train.
+"""
+
 from __future__ import annotations
 
 from functools import partial
@@ -10,14 +14,22 @@ from torch import Tensor, nn
 
 _WIDTHS = (16, 32, 64)
 #                        channels, kernel, stride, groups, pooled afterwards
-_ALEXNET_CONVOLUTIONS = ((24, 5, 3, 1, True), (48, 5, 1, 2, True), (64, 3, 1, 1, False), (64, 3, 1, 2, False), (48, 3, 1, 2, False))
+_ALEXNET_CONVOLUTIONS = (
+    (24, 5, 3, 1, True),
+    (48, 5, 1, 2, True),
+    (64, 3, 1, 1, False),
+    (64, 3, 1, 2, False),
+    (48, 3, 1, 2, False),
+)
 _ALEXNET_HIDDEN = 128
 # A run at batch 16,384 has 22 steps: running averages with torch's 0.1 would still hold the first ones at its end.
 _norm = partial(nn.BatchNorm2d, momentum=0.3)
 
 
 class StudyResNet(nn.Module):
-    """Images (N, 3, 24, 24) to logits (N, num_classes): a stem with stride 3, three of timm's basic blocks, 78,810 weights.
+    """Images (N, 3, 24, 24) to logits (N, num_classes): a stem with stride 3, three of timm's basic blocks.
+
+    It has 78,810 weights.
 
     zero_init_last: the last batch norm of each block starts at 0, so that the net starts as its shortcuts.
     """
@@ -49,15 +61,22 @@ class StudyResNet(nn.Module):
 
 
 class StudyAlexNet(nn.Module):
-    """Images (N, 3, 24, 24) to logits (N, num_classes): AlexNet's five convolutions (three in two groups), each followed by
-    batch norm and ReLU, and its three dense layers with dropout between them; 119,106 weights."""
+    """Images (N, 3, 24, 24) to logits (N, num_classes): AlexNet's five convolutions and three dense layers.
+
+    Three convolutions are in two groups; batch norm and ReLU follow each of the five, and dropout stands between the
+    dense layers. It has 119,106 weights.
+    """
 
     def __init__(self, num_classes: int = 10, drop_rate: float = 0.5) -> None:
         super().__init__()
         self.num_classes, self.num_features, self.drop_rate = num_classes, _ALEXNET_HIDDEN, drop_rate
         layers, channels = [], 3
         for width, kernel, stride, groups, pooled in _ALEXNET_CONVOLUTIONS:
-            layers += [nn.Conv2d(channels, width, kernel, stride, kernel // 2, groups=groups, bias=False), _norm(width), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, width, kernel, stride, kernel // 2, groups=groups, bias=False),
+                _norm(width),
+                nn.ReLU(),
+            ]
             layers += [nn.MaxPool2d(3, 2, padding=1)] * pooled
             channels = width
         self.features = nn.Sequential(*layers)

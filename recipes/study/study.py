@@ -1,8 +1,10 @@
-"""`python recipes/study/study.py [--data DATA] [--jobs N] [--fresh]`: the study of grid.yaml, run by run. What `make study` calls.
+"""`python recipes/study/study.py [--data DATA] [--jobs N] [--fresh]`: the study of grid.yaml, run by run.
 
-It trains what the ledger (recipes/study/results/) does not have; with `--fresh` everything. Stop it whenever you like: finished runs
-are kept, unfinished ones resume. Runs go to runs/study/; `summary.py --collect` puts them into the ledger.
+`make study` calls it. It trains what the ledger (recipes/study/results/) does not have; with `--fresh` everything. Stop
+it whenever you like: finished runs are kept, unfinished ones resume. Runs go to runs/study/; `summary.py --collect`
+puts them into the ledger.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,9 +20,10 @@ from typing import Any
 
 import yaml
 
-from lars.config import Data, RecipeError
 from lars.data.index import resolve
-from lars.run import diverged, read_result
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError
+from lars.run.reading import diverged, read_result
 
 HERE = Path(__file__).parent
 RUNS, RESULTS = Path("runs/study"), HERE / "results"
@@ -30,7 +33,10 @@ _locks: dict[Path, threading.Lock] = {}
 
 
 def write_data(source: str, out: Path) -> None:
-    """CIFAR-10's own bytes as train (the first 45,000 images), validation (the last 5,000) and test, columns img and label."""
+    """CIFAR-10's own bytes as train (the first 45,000 images), validation (the last 5,000) and test.
+
+    The columns are img and label.
+    """
     import datasets
     import pyarrow.parquet as pq
 
@@ -42,7 +48,11 @@ def write_data(source: str, out: Path) -> None:
     loaded = datasets.load_dataset(source)
     test = next(split for split in loaded if split != "train")
     count = len(loaded["train"]) - _HELD_BACK
-    parts = {"train": loaded["train"].select(range(count)), "validation": loaded["train"].select(range(count, count + _HELD_BACK)), "test": loaded[test]}
+    parts = {
+        "train": loaded["train"].select(range(count)),
+        "validation": loaded["train"].select(range(count, count + _HELD_BACK)),
+        "test": loaded[test],
+    }
     for name, part in parts.items():
         part = part.rename_columns({column: new for column, new in zip(part.column_names, ("img", "label"))})
         part = part.cast_column("img", datasets.Image(decode=False))
@@ -50,7 +60,11 @@ def write_data(source: str, out: Path) -> None:
         for number in range(files):
             rows = part.select(range(number * _ROWS_PER_FILE, min(len(part), (number + 1) * _ROWS_PER_FILE)))
             rows = rows.cast_column("img", datasets.Image())  # the files say that they hold images
-            pq.write_table(rows.with_format("arrow")[:], out / f"{name}-{number:05d}-of-{files:05d}.parquet", row_group_size=_ROWS_PER_GROUP)
+            pq.write_table(
+                rows.with_format("arrow")[:],
+                out / f"{name}-{number:05d}-of-{files:05d}.parquet",
+                row_group_size=_ROWS_PER_GROUP,
+            )
     done.touch()
 
 
@@ -70,7 +84,11 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
         result = read_result(run)
     if result.get("status") != "finished" and not diverged(result):
         raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")
-    print(f"{run}: top-1 {'diverged' if diverged(result) else format(result['top1'], '.2f')} in {result['seconds']:.0f} s", flush=True)
+    print(
+        f"{run}: top-1 {'diverged' if diverged(result) else format(result['top1'], '.2f')} "
+        f"in {result['seconds']:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -89,10 +107,13 @@ def rates(grid: dict[str, Any], method: str, batch: int, base: float) -> list[fl
 
 def overrides_of(grid: dict[str, Any], method: str, batch: int, rate: float, base: float) -> list[str]:
     """What a run changes of the model's recipe; at the base batch there is nothing to warm up to."""
-    keys = [f"global_batch={batch}", f"optimizer.lr={rate:g}", f"schedule.warmup_lr={rate if batch == grid['base_batch'] else base:g}"]
+    keys = [
+        f"global_batch={batch}",
+        f"optimizer.lr={rate:g}",
+        f"schedule.warmup_lr={rate if batch == grid['base_batch'] else base:g}",
+    ]
     if grid["methods"][method]["optimizer"] == "sgd":
-        unused = ("trust_coefficient", "eps", "decay_in_norm", "adapt_1d")
-        keys += ["optimizer.name=sgd", *(f"optimizer.{key}=null" for key in unused)]
+        keys.append("optimizer.name=sgd")
     return keys
 
 
@@ -106,7 +127,9 @@ def tune(grid: dict[str, Any], model: str, method: str, batch: int, base: float)
     tried = {}
     for rate in rates(grid, method, batch, base):
         label = f"tuning/{label_of(grid, method, batch, rate)}"
-        tried[rate] = score(train(model, label, grid["tuning_seed"], "validation", overrides_of(grid, method, batch, rate, base)))
+        tried[rate] = score(
+            train(model, label, grid["tuning_seed"], "validation", overrides_of(grid, method, batch, rate, base))
+        )
     return max(tried, key=tried.get)
 
 
@@ -119,7 +142,13 @@ def entry(grid: dict[str, Any], model: str, method: str, batch: int, base: float
 
 def ablate(grid: dict[str, Any], model: str, name: str, batch: int, base: float, rate: float) -> None:
     for seed in grid["test_seeds"]:
-        train(model, f"{label_of(grid, 'lars', batch, rate)}-{name}", seed, "test", [*overrides_of(grid, "lars", batch, rate, base), *grid["ablations"][name]])
+        train(
+            model,
+            f"{label_of(grid, 'lars', batch, rate)}-{name}",
+            seed,
+            "test",
+            [*overrides_of(grid, "lars", batch, rate, base), *grid["ablations"][name]],
+        )
 
 
 def study(grid: dict[str, Any], jobs: int) -> None:
@@ -134,7 +163,9 @@ def study(grid: dict[str, Any], jobs: int) -> None:
                 model, first = part["model"], grid["base_batch"]
                 sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
                 base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
-                wanted = [(m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"]  # one SGD there
+                wanted = [
+                    (m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"
+                ]  # one SGD there
                 together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
                 if batch := part.get("ablate"):
                     rate = tune(grid, model, "lars", batch, lars)
@@ -146,7 +177,11 @@ def study(grid: dict[str, Any], jobs: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns")
+    parser.add_argument(
+        "--data",
+        default="uoft-cs/cifar10",
+        help="CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--fresh", action="store_true", help="train again what the ledger has")
     args = parser.parse_args()

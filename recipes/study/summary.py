@@ -1,7 +1,9 @@
-"""`python recipes/study/summary.py [--collect]`: the study's tables and figures from its committed runs. What `make tables` calls.
+"""`python recipes/study/summary.py [--collect]`: the study's tables and figures from its committed runs.
 
-`--collect` first puts finished runs of runs/study/ into the ledger, recipes/study/results/<model>/<run>/seed-<n>/.
+`make tables` calls it. `--collect` first puts finished runs of runs/study/ into the ledger,
+recipes/study/results/<model>/<run>/seed-<n>/.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,9 +22,9 @@ sys.path.insert(0, str(HERE))
 from figure import NETS, TITLES, draw  # noqa: E402
 from study import RESULTS, RUNS, label_of, rates, score  # noqa: E402
 
-from lars.ledger import entries, keep  # noqa: E402
-from lars.run import diverged, read_result  # noqa: E402
-from lars.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
+from lars.commands.ledger import entries, keep  # noqa: E402
+from lars.commands.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
+from lars.run.reading import diverged, read_result  # noqa: E402
 
 README = HERE / "README.md"
 
@@ -32,7 +34,9 @@ class Study:
 
     def __init__(self, grid: dict[str, Any], model: str) -> None:
         self.grid, self.model = grid, model
-        self.batches = sorted({batch for part in grid["parts"] if part["model"] == model for batch in part.get("batches", [])})
+        self.batches = sorted(
+            {batch for part in grid["parts"] if part["model"] == model for batch in part.get("batches", [])}
+        )
 
     def seeds(self, label: str) -> list[Path]:
         return sorted((RESULTS / self.model / label).glob("seed-*"))

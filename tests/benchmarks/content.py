@@ -1,9 +1,11 @@
 """`python -m tests.benchmarks.content [--json]`: what hashing each row group costs the loader.
 
-CPU time of a whole loader, its reader and its decoder included, that makes 224-pixel training views of photographs: with
-BLAKE3, and with a stand-in that hashes nothing, in turn; and of the hash alone, over the same files in pieces of a row group,
-which tells more than that difference: a loader's rounds differ by 2 %. Figures are minima: other work only adds.
+CPU time of a whole loader, its reader and its decoder included, that makes 224-pixel training views of photographs:
+with BLAKE3, and with a stand-in that hashes nothing, in turn; and of the hash alone, over the same files in pieces of a
+row group, which tells more than that difference: a loader's rounds differ by 2 %. Figures are minima: other work only
+adds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,13 +16,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lars import config
 from lars.data import reader
 from lars.data.content import row_group_hash
 from lars.data.index import build_indexes
 from lars.data.loader import training_batches
 from lars.data.order import Order
-from lars.run import commit
+from lars.recipe import config
+from lars.run.sources import commit
 from tests.benchmarks import photos
 
 ROUNDS, IMAGES, BATCH = 30, 1024, 64

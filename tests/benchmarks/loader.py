@@ -1,14 +1,16 @@
-"""`python -m tests.benchmarks.loader [--workers N] [--json]`: images/s to 224-pixel training batches, beside what others use.
+"""`python -m tests.benchmarks.loader [--workers N] [--json]`: images/s to 224-pixel training batches, ours and others'.
 
-Every rival draws RandomResizedCrop (area 0.08-1) and a flip from the same photographs, in micro batches of 64, with N workers
-(NVIDIA DALI: threads), and gives uint8, for normalising is the device's work; timm's `create_loader` stands there twice: whole,
-as it is used (its prefetcher normalises, here on a core), and as far as uint8. The `datasets` stream is read without
-`.shuffle`, which would add a sleep of 5 s to the end of every pass.
+Every rival draws RandomResizedCrop (area 0.08-1) and a flip from the same photographs, in micro batches of 64, with N
+workers (NVIDIA DALI: threads), and gives uint8, for normalising is the device's work; timm's `create_loader` stands
+there twice: whole, as it is used (its prefetcher normalises, here on a core), and as far as uint8. The `datasets`
+stream is read without `.shuffle`, which would add a sleep of 5 s to the end of every pass.
 
-Rivals take turns in every round, each in a process of its own that ends before the next one starts, so that nothing of one
-runs beside another. Start-up and the first batches, which come from filled queues, are not timed. Figures are medians over
-rounds. Then ours with other numbers of workers, and what one core does. Photographs are made unless --data names some.
+Rivals take turns in every round, each in a process of its own that ends before the next one starts, so that nothing of
+one runs beside another. Start-up and the first batches, which come from filled queues, are not timed. Figures are
+medians over rounds. Then ours with other numbers of workers, and what one core does. Photographs are made unless --data
+names some.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lars import config
+from lars.recipe import config
 from tests.benchmarks import photos
 
 MICRO_BATCH, SIZE = 64, 224
@@ -53,8 +55,15 @@ class Photographs:
 
     def recipe(self, workers: int) -> config.Recipe:
         classes = len(list(self.folder.iterdir()))
-        batch = (f"global_batch={MICRO_BATCH}", f"bn_group={MICRO_BATCH}", f"runtime.micro_batch={MICRO_BATCH}", "epochs=1000")
-        return config.load(RECIPE, [f"data.path={self.data}", f"data.workers={workers}", f"model.num_classes={classes}", *batch])
+        batch = (
+            f"global_batch={MICRO_BATCH}",
+            f"bn_group={MICRO_BATCH}",
+            f"runtime.micro_batch={MICRO_BATCH}",
+            "epochs=1000",
+        )
+        return config.load(
+            RECIPE, [f"data.path={self.data}", f"data.workers={workers}", f"model.num_classes={classes}", *batch]
+        )
 
     def encoded(self) -> list[bytes]:
         import pyarrow.parquet as pq
@@ -91,7 +100,9 @@ def timm(photographs: Photographs, workers: int, images: int, whole: bool = True
     from timm.data import create_dataset, create_loader
 
     dataset = create_dataset("", str(photographs.folder), split="train", is_training=True)
-    dataset.reader.samples *= math.ceil(images / len(dataset.reader.samples))  # one long epoch: none begins while it is timed
+    dataset.reader.samples *= math.ceil(
+        images / len(dataset.reader.samples)
+    )  # one long epoch: none begins while it is timed
     common = {"is_training": True, "color_jitter": None, "num_workers": workers, "device": torch.device("cpu")}
     prefetcher = create_loader(dataset, SIZE, MICRO_BATCH, **common)
     for batch, _ in prefetcher if whole else prefetcher.loader:
@@ -124,7 +135,9 @@ def datasets_streaming(photographs: Photographs, workers: int, images: int) -> I
     transform = _transform()
     warnings.filterwarnings("ignore", "To copy construct from a tensor")  # once a worker, from the torch format itself
     stream = load_dataset(str(photographs.data), split="train", streaming=True).repeat(None)
-    stream = stream.map(lambda row: {"image": transform(row["image"].convert("RGB")), "label": row["label"]}).with_format("torch")
+    stream = stream.map(
+        lambda row: {"image": transform(row["image"].convert("RGB")), "label": row["label"]}
+    ).with_format("torch")
     for batch in torch.utils.data.DataLoader(stream, MICRO_BATCH, num_workers=workers):
         yield batch["image"].numpy()
 
@@ -145,13 +158,24 @@ def dali(photographs: Photographs, workers: int, images: int) -> Iterator[np.nda
         yield np.asarray(built.run()[0].as_tensor()).transpose(0, 3, 1, 2)
 
 
-RIVALS = {"ours": ours, "timm": timm, "timm, as far as uint8": timm_uint8, "torchvision": torchvision, "datasets streaming": datasets_streaming, DALI: dali}
+RIVALS = {
+    "ours": ours,
+    "timm": timm,
+    "timm, as far as uint8": timm_uint8,
+    "torchvision": torchvision,
+    "datasets streaming": datasets_streaming,
+    DALI: dali,
+}
 
 
 def rate(photographs: Photographs, rival: str, workers: int) -> float:
     """Images/s of one rival."""
-    mp.set_start_method("fork", force=True)  # a rival's workers would be started as this process was, which takes longer
-    batches = RIVALS[rival](photographs, workers, (WARM_UP + BATCHES + WARM_UP) * workers * MICRO_BATCH)  # busy to the end
+    mp.set_start_method(
+        "fork", force=True
+    )  # a rival's workers would be started as this process was, which takes longer
+    batches = RIVALS[rival](
+        photographs, workers, (WARM_UP + BATCHES + WARM_UP) * workers * MICRO_BATCH
+    )  # busy to the end
 
     def use(count: int) -> None:
         for _ in range(count):
@@ -166,7 +190,7 @@ def rate(photographs: Photographs, rival: str, workers: int) -> float:
 
 
 def one_core(photographs: Photographs) -> dict[str, float]:
-    """Images/s of one thread: bare decoding to full size, which is the limit without tricks, and the whole way to a view."""
+    """Images/s of one thread: bare decoding to full size (the limit without tricks), and the whole way to a view."""
     import cv2
     import simplejpeg
     from PIL import Image
@@ -213,11 +237,19 @@ def measure(photographs: Photographs, workers: int, rivals: list[str]) -> dict:
         if rival not in rivals:
             return None
         found, rounds = median[rival, workers], [round(r) for r in rates[rival, workers]]
-        return {"images_per_second": round(found), "ratio_to_timm": round(found / median["timm", workers], 2), "rounds": rounds}
+        return {
+            "images_per_second": round(found),
+            "ratio_to_timm": round(found / median["timm", workers], 2),
+            "rounds": rounds,
+        }
 
     def growth(count: int) -> dict[str, float]:
         found, cores = median["ours", count], min(count, os.cpu_count() or 1)
-        return {"images_per_second": round(found), "ratio_to_1": round(found / median["ours", 1], 2), "per_core": round(found / cores)}
+        return {
+            "images_per_second": round(found),
+            "ratio_to_1": round(found / median["ours", 1], 2),
+            "per_core": round(found / cores),
+        }
 
     return {
         "rivals": {rival: against_timm(rival) for rival in RIVALS},
@@ -233,10 +265,20 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| loader | images/s | x timm | x DALI |", "| --- | --- | --- | --- |"]
     for rival, row in result["rivals"].items():
         rate = f"{row['images_per_second']:,} | {row['ratio_to_timm']:.2f}" if row else "not installed | "
-        lines.append(f"| {rival} | {rate} | {row['images_per_second'] / dali:.2f} |" if row and dali else f"| {rival} | {rate} | |")
-    grown = ", ".join(f"{count}: {row['images_per_second']:,} ({row['per_core']:,} a core)" for count, row in result["ours_by_workers"].items())
+        lines.append(
+            f"| {rival} | {rate} | {row['images_per_second'] / dali:.2f} |"
+            if row and dali
+            else f"| {rival} | {rate} | |"
+        )
+    grown = ", ".join(
+        f"{count}: {row['images_per_second']:,} ({row['per_core']:,} a core)"
+        for count, row in result["ours_by_workers"].items()
+    )
     alone = ", ".join(f"{name} {rate:,}" for name, rate in result["one_core"].items())
-    said = f"{machine['cpu']}, {machine['cores']} cores, {result['photos']['count']:,} photographs of {result['photos']['mean_kb']:g} kB, {workers} workers."
+    said = (
+        f"{machine['cpu']}, {machine['cores']} cores, {result['photos']['count']:,} photographs "
+        f"of {result['photos']['mean_kb']:g} kB, {workers} workers."
+    )
     return "\n".join([*lines, "", f"{said} Ours by workers: {grown}. One core, images/s: {alone}."])
 
 
@@ -255,7 +297,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if (args.data is None) != (args.folder is None):
-        parser.error("--data and --folder hold the same photographs: give both or none (`tests.benchmarks.photos` writes both)")
+        parser.error(
+            "--data and --folder hold the same photographs: give both or none (`tests.benchmarks.photos` writes both)"
+        )
     rivals = [rival for rival in RIVALS if rival != DALI or installed("nvidia.dali")]
     if DALI not in rivals:
         print(f"{DALI} is not installed: pip install 'lars-imagenet[bench]'", file=sys.stderr)
@@ -269,7 +313,12 @@ def main() -> None:
         sizes = [len(data) for data in photographs.encoded()]
         machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.system(), "torch": torch.__version__}
         looked_at = {"count": len(sizes), "mean_kb": round(statistics.mean(sizes) / 1000, 1)}
-        result = {"machine": machine, "photos": looked_at, "workers": args.workers, **measure(photographs, args.workers, rivals)}
+        result = {
+            "machine": machine,
+            "photos": looked_at,
+            "workers": args.workers,
+            **measure(photographs, args.workers, rivals),
+        }
     if args.json:
         print(json.dumps(result, indent=1))
         return

@@ -1,8 +1,9 @@
 """`python -m tests.benchmarks.optimizer_step [--json]`: what a LARS step costs, as ratios to torch's fused SGD.
 
-fp32 parameters of ResNet-50 and AlexNet, momentum 0.9, on all cores (or the GPU). Rivals take turns in every round, so that
-all see the same machine; the figure is the median over rounds after warm-up.
+fp32 parameters of ResNet-50 and AlexNet, momentum 0.9, on all cores (or the GPU). Rivals take turns in every round, so
+that all see the same machine; the figure is the median over rounds after warm-up.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -72,8 +73,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
-    machine = {"device": name, "threads": torch.get_num_threads(), "system": platform.system(), "torch": torch.__version__}
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    machine = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "torch": torch.__version__,
+    }
     result = {"machine": machine, "models": {model: measure(model, device) for model in ("resnet50", "alexnet")}}
     if args.json:
         print(json.dumps(result, indent=1))

@@ -1,8 +1,10 @@
-"""`python -m tests.benchmarks.photos OUT [--images N] [--folder DIR]`: JPEG photographs like ImageNet's, for benchmarks of loading.
+"""`python -m tests.benchmarks.photos OUT [--images N] [--folder DIR]`: JPEG photographs like ImageNet's.
 
-Parquet in the Hub's schema, and the same files as an ImageFolder if asked. The pixels are those of the photographs that ship
-with scikit-image and scikit-learn (extra `bench`), so JPEG decoding costs what it costs on real ones; labels mean nothing.
+They are for benchmarks of loading: Parquet in the Hub's schema, and the same files as an ImageFolder if asked. The
+pixels are those of the photographs that ship with scikit-image and scikit-learn (extra `bench`), so JPEG decoding costs
+what it costs on real ones; labels mean nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,12 +18,24 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 CLASSES, SEED, ROW_GROUP = 10, 0, 100
-SIZES = {(500, 375): 0.55, (375, 500): 0.2, (500, 333): 0.15, (333, 500): 0.05, (640, 480): 0.03, (1280, 960): 0.02}  # and shares
+SIZES = {
+    (500, 375): 0.55,
+    (375, 500): 0.2,
+    (500, 333): 0.15,
+    (333, 500): 0.05,
+    (640, 480): 0.03,
+    (1280, 960): 0.02,
+}  # and shares
 GREY, CMYK = 100, 350  # of every 500 photographs these two are not RGB
 
 
-def write(out: Path, images: int = 1000, folder: Path | None = None, files: int = 4, row_group: int = ROW_GROUP) -> None:
-    """`images` photographs for training and a tenth of that for validation; `folder` takes those for training, a folder a class."""
+def write(
+    out: Path, images: int = 1000, folder: Path | None = None, files: int = 4, row_group: int = ROW_GROUP
+) -> None:
+    """`images` photographs for training and a tenth of that for validation.
+
+    `folder` takes those for training, a folder a class.
+    """
     from datasets import ClassLabel, Features
     from datasets import Image as ImageColumn
 
@@ -33,7 +47,10 @@ def write(out: Path, images: int = 1000, folder: Path | None = None, files: int 
             numbers = range(part * count // parts, (part + 1) * count // parts)
             names = [f"{split}_{i:07d}.JPEG" for i in numbers]
             rows = [photograph(originals, np.random.default_rng([SEED, number, i]), i) for i in numbers]
-            columns = [[{"bytes": data, "path": name} for name, (data, _) in zip(names, rows)], [label for _, label in rows]]
+            columns = [
+                [{"bytes": data, "path": name} for name, (data, _) in zip(names, rows)],
+                [label for _, label in rows],
+            ]
             path = out / f"{split}-{part:05d}-of-{parts:05d}.parquet"
             pq.write_table(pa.table(columns, schema=schema), path, row_group_size=row_group)
             for name, (data, label) in zip(names, rows) if folder and split == "train" else ():
@@ -48,9 +65,19 @@ def photographs() -> list[Image.Image]:
         from skimage import data
         from sklearn.datasets import load_sample_images
     except ImportError:
-        print("the photographs come with scikit-image and scikit-learn: pip install 'lars-imagenet[bench]'", file=sys.stderr)
+        print(
+            "the photographs come with scikit-image and scikit-learn: pip install 'lars-imagenet[bench]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
-    arrays = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.hubble_deep_field(), data.stereo_motorcycle()[0]]
+    arrays = [
+        data.astronaut(),
+        data.chelsea(),
+        data.coffee(),
+        data.rocket(),
+        data.hubble_deep_field(),
+        data.stereo_motorcycle()[0],
+    ]
     return [Image.fromarray(pixels) for pixels in arrays + list(load_sample_images().images)]
 
 
@@ -60,7 +87,9 @@ def photograph(originals: list[Image.Image], rng: np.random.Generator, number: i
     width, height = list(SIZES)[rng.choice(len(SIZES), p=list(SIZES.values()))]
     part = rng.uniform(0.6, 1.0) * min(original.width / width, original.height / height)
     left, top = rng.uniform(0, original.width - part * width), rng.uniform(0, original.height - part * height)
-    image = original.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + part * width, top + part * height))
+    image = original.resize(
+        (width, height), Image.Resampling.BICUBIC, box=(left, top, left + part * width, top + part * height)
+    )
     pixels = np.asarray(image, np.float32)[:, :: rng.choice([-1, 1])] * rng.uniform(0.7, 1.2)
     pixels += rng.uniform(4, 11) * rng.standard_normal((height, width, 1), np.float32)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,9 +1,11 @@
-"""`python -m tests.benchmarks.plan [--json]`: the plan's model against times that others published and that were measured here.
+"""`python -m tests.benchmarks.plan [--json]`: the plan's model against times published by others and measured here.
 
 A row is a run. FITTED rows set one number of the cluster files (their error is zero but for rounding); all others are
-PREDICTED with the files as they are. Last column: the number is fitted anew on all other publications of the row's group
-(geometric mean of what each implies), so that there every row is a prediction. Writes the table of launch/clusters/README.md.
+PREDICTED with the files as they are. Last column: the number is fitted anew on all other publications of the row's
+group (geometric mean of what each implies), so that there every row is a prediction. Writes the table of
+launch/clusters/README.md.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,10 +19,12 @@ from pathlib import Path
 
 from timm import create_model
 
-from lars import config
-from lars.cluster import load_cluster
-from lars.cost import RESNET50, Counts, Work, count, scaled, step_of
-from lars.plan import Plan, duration, make_plan
+from lars.plan.cluster import load_cluster
+from lars.plan.cost import RESNET50, Counts, Work, count, scaled, step_of
+from lars.plan.plan import Plan, make_plan
+from lars.plan.render import duration
+from lars.recipe import config
+from lars.recipe.model_file import import_model_file
 
 ROOT = Path(__file__).parents[2]
 MLPERF = {3264: 35, 13056: 45.3, 32768: 55.7, 49152: 68, 58880: 80.3, 64480: 87, 65536: 84}
@@ -48,7 +52,10 @@ class Row:
 
 
 def ffcv_size(epochs: int) -> float:
-    """Its schedule (rn50 configurations, remembered): 160 pixels for 65/88 of the run, rising to 192 until 76/88, 192 after."""
+    """Of its schedule: 160 pixels for 65/88 of the run, rising to 192 until 76/88, 192 after.
+
+    The schedule is that of its rn50 configurations, remembered.
+    """
     sizes = [160 + 32 * min(1.0, max(0.0, (e * 88 / epochs - 65) / 11)) for e in range(epochs)]
     return math.sqrt(statistics.mean(s * s for s in sizes))
 
@@ -57,8 +64,22 @@ def minutes(value: float) -> float:
     return 60 * value
 
 
-PASCAL, KNL, XEON, TUNED_GPU, EAGER_GPU, HERE = "fp32 GPU", "Xeon Phi 7250", "Xeon 8160", "tuned bf16", "eager bf16", "CPU here"
-GROUP_KEY = {PASCAL: EFFICIENCY, KNL: EFFICIENCY, XEON: EFFICIENCY, TUNED_GPU: PASSES, EAGER_GPU: PASSES, HERE: OPERATION}
+PASCAL, KNL, XEON, TUNED_GPU, EAGER_GPU, HERE = (
+    "fp32 GPU",
+    "Xeon Phi 7250",
+    "Xeon 8160",
+    "tuned bf16",
+    "eager bf16",
+    "CPU here",
+)
+GROUP_KEY = {
+    PASCAL: EFFICIENCY,
+    KNL: EFFICIENCY,
+    XEON: EFFICIENCY,
+    TUNED_GPU: PASSES,
+    EAGER_GPU: PASSES,
+    HERE: OPERATION,
+}
 
 
 def rows() -> list[Row]:
@@ -79,23 +100,104 @@ def rows() -> list[Row]:
         Row("R1: 2,048 KNL", "You 2018", "knl-7250-2048", minutes(20), 90, 32768, 16, group=KNL),
         Row("R2: 2,048 KNL, 64 epochs", "You 2018", "knl-7250-2048", minutes(14), 64, 32768, 16, group=KNL),
         Row("512 KNL", "You 2017", "knl-7250-2048", minutes(60), 90, 32768, 64, group=KNL, changes=knl512),
-        Row("512 KNL, AlexNet", "You 2017", "knl-7250-2048", minutes(24), 100, 32768, 64, "alexnet_bn", 227, group=KNL, changes=knl512),
-        Row("448 nodes of 2 Xeon", "Codreanu 2017", "xeon-8160-448-nodes", minutes(60), 90, 14336, 16, group=XEON, fitted=EFFICIENCY),
+        Row(
+            "512 KNL, AlexNet",
+            "You 2017",
+            "knl-7250-2048",
+            minutes(24),
+            100,
+            32768,
+            64,
+            "alexnet_bn",
+            227,
+            group=KNL,
+            changes=knl512,
+        ),
+        Row(
+            "448 nodes of 2 Xeon",
+            "Codreanu 2017",
+            "xeon-8160-448-nodes",
+            minutes(60),
+            90,
+            14336,
+            16,
+            group=XEON,
+            fitted=EFFICIENCY,
+        ),
         Row("1,024 Xeon", "You 2017", "xeon-8160-1024", minutes(48), 90, 32768, 32, group=XEON),
-        Row("1,600 Xeon", "You 2017", "xeon-8160-1024", minutes(32), 90, 32000, 20, group=XEON, changes=["devices=1600"]),
-        Row("A1: 1,024 Xeon, AlexNet", "You 2018", "xeon-8160-1024", minutes(11), 100, 32768, 32, "alexnet_bn", 227, group=XEON),
-        Row("one A100, MXNet", nvidia, "a100-8", 8.75 * 3600, 90, 512, 512, group=TUNED_GPU, fitted=PASSES, changes=["devices=1"]),
+        Row(
+            "1,600 Xeon", "You 2017", "xeon-8160-1024", minutes(32), 90, 32000, 20, group=XEON, changes=["devices=1600"]
+        ),
+        Row(
+            "A1: 1,024 Xeon, AlexNet",
+            "You 2018",
+            "xeon-8160-1024",
+            minutes(11),
+            100,
+            32768,
+            32,
+            "alexnet_bn",
+            227,
+            group=XEON,
+        ),
+        Row(
+            "one A100, MXNet",
+            nvidia,
+            "a100-8",
+            8.75 * 3600,
+            90,
+            512,
+            512,
+            group=TUNED_GPU,
+            fitted=PASSES,
+            changes=["devices=1"],
+        ),
         Row("8 A100, MXNet", nvidia, "a100-8", 1.14 * 3600, 90, 4096, 512, wire=2, group=TUNED_GPU),
         Row("2,480 A100", mlperf1, "a100-2480", 40, MLPERF[64480], 64480, 26, wire=2, group=TUNED_GPU),
         *(
-            Row(f"{n:,} H100", mlperf3, "h100-64", minutes(m), MLPERF[b], b, b // n, "resnet50", 224, 2, TUNED_GPU, sets, [f"devices={n}"])
+            Row(
+                f"{n:,} H100",
+                mlperf3,
+                "h100-64",
+                minutes(m),
+                MLPERF[b],
+                b,
+                b // n,
+                "resnet50",
+                224,
+                2,
+                TUNED_GPU,
+                sets,
+                [f"devices={n}"],
+            )
             for n, m, b, sets in h100
         ),
         Row("1,024 TPU v3", "Ying 2018", "tpu-v3-1024", minutes(2.2), 90, 32768, 32, group=TUNED_GPU),
         Row("3,456 TPU v4", mlperf1, "tpu-v4-3456", 23, MLPERF[65536], 65536, 19, group=TUNED_GPU),
-        Row("one A100, timm", "timm issue 1491", "a100-8", timm, 90, 512, 512, group=EAGER_GPU, fitted=PASSES, changes=["devices=1"]),
+        Row(
+            "one A100, timm",
+            "timm issue 1491",
+            "a100-8",
+            timm,
+            90,
+            512,
+            512,
+            group=EAGER_GPU,
+            fitted=PASSES,
+            changes=["devices=1"],
+        ),
         *(
-            Row(f"8 A100, FFCV, {e} epochs", "FFCV", "a100-8", minutes(m), e, 1024, 128, size=ffcv_size(e), group=EAGER_GPU)
+            Row(
+                f"8 A100, FFCV, {e} epochs",
+                "FFCV",
+                "a100-8",
+                minutes(m),
+                e,
+                1024,
+                128,
+                size=ffcv_size(e),
+                group=EAGER_GPU,
+            )
             for e, m in ffcv
         ),
     ]
@@ -105,7 +207,7 @@ def rows() -> list[Row]:
 def counts_of(model: str) -> Counts:
     if model == "resnet50":
         return RESNET50
-    config.import_model_file(ROOT / "recipes/alexnet")
+    import_model_file(ROOT / "recipes/alexnet")
     return count(create_model(model), 32, 227)
 
 
@@ -125,17 +227,35 @@ DEMO_SECONDS = {"resnet50": 105.49, "alexnet": 78.98}
 
 def measured_here() -> list[tuple[Row, Plan]]:
     """Runs of the demo and steps of `tests.benchmarks.reduction`, both on 2 processes of 2 cores."""
-    config.import_model_file(ROOT / "recipes/demo")
+    import_model_file(ROOT / "recipes/demo")
     here, found = load_cluster(ROOT / "launch/clusters/cpu-2.yaml"), []
     for name in ("resnet50", "alexnet"):
         recipe = config.load(ROOT / f"recipes/demo/{name}.yaml", ["runtime.micro_batch=32"])
         fitted, size = OPERATION if name == "resnet50" else "", recipe.model.image_size
-        row = Row(f"demo/{name}", "demo", "cpu-2", DEMO_SECONDS[name], recipe.epochs, 768, 32, name, size, group=HERE, fitted=fitted)
+        row = Row(
+            f"demo/{name}",
+            "demo",
+            "cpu-2",
+            DEMO_SECONDS[name],
+            recipe.epochs,
+            768,
+            32,
+            name,
+            size,
+            group=HERE,
+            fitted=fitted,
+        )
         found.append((row, make_plan(recipe, here)))
     steps = json.loads((ROOT / "tests/benchmarks/reduction.json").read_text())["steps"]
     for (label, worlds), first in zip(steps.items(), (8, 64)):
         for loop, exact in (("deterministic", "true"), ("not deterministic", "false")):
-            keys = ["global_batch=256", "runtime.micro_batch=32", "epochs=4", f"runtime.deterministic={exact}", "max_steps=1"]
+            keys = [
+                "global_batch=256",
+                "runtime.micro_batch=32",
+                "epochs=4",
+                f"runtime.deterministic={exact}",
+                "max_steps=1",
+            ]
             channels = f"model.kwargs.channels={[first, 2 * first, 4 * first, 8 * first]}"
             recipe = config.load(ROOT / "recipes/demo/resnet50.yaml", [*keys, channels])
             seconds = worlds["2"]["ms"][loop] / 1000
@@ -146,7 +266,10 @@ def measured_here() -> list[tuple[Row, Plan]]:
 
 def predicted_here(row: Row, plan: Plan, changes: tuple[str, ...] = ()) -> float:
     """The whole plan, data and order-free sum included; evaluations are not in the measured seconds."""
-    return plan.steps * step_of(plan.work, load_cluster(ROOT / f"launch/clusters/{row.cluster}.yaml", list(changes))).seconds
+    return (
+        plan.steps
+        * step_of(plan.work, load_cluster(ROOT / f"launch/clusters/{row.cluster}.yaml", list(changes))).seconds
+    )
 
 
 def implied(predict: Callable[[tuple[str, ...]], float], seconds: float, key: str) -> float | None:
@@ -167,7 +290,9 @@ def implied(predict: Callable[[tuple[str, ...]], float], seconds: float, key: st
 
 def measure() -> dict:
     """{"rows": [...], medians of absolute errors in per cent}."""
-    runs = [(row, partial(predicted, row)) for row in rows()] + [(row, partial(predicted_here, row, plan)) for row, plan in measured_here()]
+    runs = [(row, partial(predicted, row)) for row in rows()] + [
+        (row, partial(predicted_here, row, plan)) for row, plan in measured_here()
+    ]
     values: dict[str, dict[str, list[float]]] = {}  # group: {publication: what its rows imply}
     for row, predict in runs:
         value = implied(predict, row.seconds, GROUP_KEY[row.group]) if row.model == "resnet50" else None
@@ -175,7 +300,9 @@ def measure() -> dict:
             values.setdefault(row.group, {}).setdefault(row.source, []).append(value)
     table = []
     for row, predict in runs:
-        others = [statistics.geometric_mean(v) for source, v in values.get(row.group, {}).items() if source != row.source]
+        others = [
+            statistics.geometric_mean(v) for source, v in values.get(row.group, {}).items() if source != row.source
+        ]
         left_out = predict((f"{GROUP_KEY[row.group]}={statistics.geometric_mean(others)!r}",)) if others else None
         table.append(
             {
@@ -205,7 +332,9 @@ def medians(table: list[dict]) -> dict[str, float]:
     return {
         "median_unfitted": round(statistics.median(abs(error(row)) for row in unfitted), 1),
         "median_one_a_publication": round(statistics.median(map(statistics.median, by_source.values())), 1),
-        "median_left_out": round(statistics.median(abs(error(row, "left_out_seconds")) for row in table if row["left_out_seconds"]), 1),
+        "median_left_out": round(
+            statistics.median(abs(error(row, "left_out_seconds")) for row in table if row["left_out_seconds"]), 1
+        ),
     }
 
 
@@ -216,8 +345,9 @@ def page_table(result: dict) -> str:
     """What stands between the marks of launch/clusters/README.md."""
     table = result["rows"]
     lines = [
-        f"Median absolute error of the {sum(not row['fitted'] for row in table)} rows that were not fitted: {result['median_unfitted']} %;"
-        f" each publication and cluster counted once: {result['median_one_a_publication']} %; left out: {result['median_left_out']} %.",
+        f"Median absolute error of the {sum(not row['fitted'] for row in table)} rows that were not fitted: "
+        f"{result['median_unfitted']} %; each publication and cluster counted once: "
+        f"{result['median_one_a_publication']} %; left out: {result['median_left_out']} %.",
         "",
         "| run | published or measured | planned | error | | left out | source |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -2,10 +2,12 @@
 
 Forward, backward, the order-free sum and LARS on random pixels, in one process with one thread; decoding is left out.
 Fresh processes with and without the pinned instruction set take turns, and the turn changes every round, so that both
-see the same machine. Counted is the CPU time of a process, not the clock: other work on the machine makes it wait, which
-costs a process nothing. The smallest time is what the arithmetic needs; the median shows how far caches were shared.
+see the same machine. Counted is the CPU time of a process, not the clock: other work on the machine makes it wait,
+which costs a process nothing. The smallest time is what the arithmetic needs; the median shows how far caches were
+shared.
 The two nets at ImageNet's size run in fp32: their recipes say bf16, for which oneDNN has no AVX2 code at all.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from lars import portable
+from lars.exact import portable
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, WARM_UP, STEPS = 4, 1, 2
@@ -37,16 +39,17 @@ def steps(name: str, pinned: bool) -> list[float]:
         portable.set_variables()
     import torch
 
-    from lars import config
-    from lars.batch import BatchPlan
-    from lars.engine import build_model, build_optimizer, start_engine
-    from lars.launched import Launched
-    from lars.reduction import OrderFreeSum
+    from lars.engine.build import build_model, build_optimizer, start_engine
+    from lars.exact.reduction import OrderFreeSum
+    from lars.recipe import config
+    from lars.recipe.batch import BatchPlan
+    from lars.recipe.launched import Launched
+    from lars.recipe.model_file import import_model_file
 
     assert (portable.obstacle() is None) == pinned, portable.obstacle()
     file = ROOT / "recipes" / f"{name}.yaml"
     recipe = config.load(file, [*NETS[name], "trackers=[]"])
-    config.import_model_file(file.parent)
+    import_model_file(file.parent)
     plan = BatchPlan.of(recipe, 2**20, 1)
     engine = start_engine(recipe, Launched.read(recipe, {}))
     model, ghosts = build_model(recipe)
@@ -75,7 +78,7 @@ def steps(name: str, pinned: bool) -> list[float]:
 
 
 def measure(name: str) -> dict:
-    """{"pinned", "free": {"min", "median"} in CPU seconds a step, "ratio": the same of both, "load": before and after}."""
+    """{"pinned", "free": {"min", "median"} in CPU seconds a step, "ratio": of both, "load": before and after}."""
     ours = (*portable.VARIABLES, "OMP_NUM_THREADS")
     variables = {**{k: v for k, v in os.environ.items() if k not in ours}, "ACCELERATE_USE_CPU": "true"}
     times: dict[str, list[float]] = {"pinned": [], "free": []}

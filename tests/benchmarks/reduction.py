@@ -13,6 +13,7 @@ Then what the promise costs in a whole step, data included: `recipes/train.py` a
 `runtime.deterministic=false`, and a loop of plain PyTorch (DDP, `no_sync` until the last pass, standard batch norm,
 fused SGD) that reads the same batches; 8 passes of 32 images, at 2 and 4 processes, for a small and a large ResNet-50.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,14 +36,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, play  # noqa: E402
-from lars import config  # noqa: E402
-from lars.batch import BatchPlan  # noqa: E402
-from lars.data.index import build_indexes  # noqa: E402
-from lars.data.loader import training_batches  # noqa: E402
-from lars.data.order import Order  # noqa: E402
-from lars.reduction import OrderFreeSum  # noqa: E402
-from lars.run import read_lines  # noqa: E402
+from conftest import DEMO, play
+
+from lars.data.index import build_indexes
+from lars.data.loader import training_batches
+from lars.data.order import Order
+from lars.exact.reduction import OrderFreeSum
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.run.reading import read_lines
 
 PASSES, STEPS, WARM_UP = 8, 5, 1
 
@@ -136,7 +138,9 @@ def _rank(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
             times.append(time.perf_counter() - started)
         if rank == 0:
             digest = hashlib.sha256(mean.numpy().tobytes()).hexdigest()
-            exact = sum(torch.cat([g.reshape(-1) for g in gradient(shapes, i)]).double() for i in range(PASSES)) / PASSES
+            exact = (
+                sum(torch.cat([g.reshape(-1) for g in gradient(shapes, i)]).double() for i in range(PASSES)) / PASSES
+            )
             error = float((mean - exact).norm() / exact.norm())
             median = 1000 * statistics.median(times[WARM_UP:])
             answer.put((way.__name__.lower(), median, error, digest, total.wire_bytes, total.memory_bytes))
@@ -156,7 +160,9 @@ def _ddp_loop(rank: int, world: int, port: int, keys: tuple[str, ...], answer: m
     plan = BatchPlan.of(recipe, index.samples, world)
     slots = [range(i * 32, i * 32 + 32) for i in plan.local_passes(rank)]
     batches = training_batches(Order(index, 0, plan.global_batch, 32), index, recipe, slots, 0, WARM_UP + STEPS)
-    model = DistributedDataParallel(timm.create_model("resnet50", num_classes=10, **recipe.model.kwargs), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(
+        timm.create_model("resnet50", num_classes=10, **recipe.model.kwargs), gradient_as_bucket_view=True
+    )
     optimizer, times = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True), []
     for _ in range(WARM_UP + STEPS):
         started = time.perf_counter()
@@ -185,7 +191,9 @@ def measure_steps() -> dict:
                     run = Path(folder, f"{n}-{world}-{deterministic}")
                     more = (f"runtime.deterministic={deterministic}", f"max_steps={WARM_UP + STEPS}", f"run_dir={run}")
                     play(world, DEMO / "resnet50.yaml", *keys, *more, log=Path(folder, "log"))
-                    times[loop] = [256 / line["images_per_second"] for line in read_lines(run / "metrics.jsonl", "train")][WARM_UP:]
+                    times[loop] = [
+                        256 / line["images_per_second"] for line in read_lines(run / "metrics.jsonl", "train")
+                    ][WARM_UP:]
                 answer = mp.get_context("spawn").SimpleQueue()
                 mp.spawn(_ddp_loop, (world, 29610 + world + n, keys, answer), nprocs=world)
                 times["DDP's own loop"] = answer.get()
@@ -203,14 +211,20 @@ def measure() -> dict:
         mp.spawn(_rank, (world, 29600 + n, answer), nprocs=world)
         for _ in range(3):
             name, ms, error, digest, wire, memory = answer.get()
-            row = rows.setdefault(name, {"ms": {}, "ratio": {}, "error": error, "hashes": set(), "wire_bytes": wire, "memory_bytes": {}})
+            row = rows.setdefault(
+                name, {"ms": {}, "ratio": {}, "error": error, "hashes": set(), "wire_bytes": wire, "memory_bytes": {}}
+            )
             row["ms"][world] = round(ms, 1)
             row["memory_bytes"][world] = memory
             row["hashes"].add(digest)
     for row in rows.values():
         row["ratio"] = {w: round(ms / rows["float"]["ms"][w], 2) for w, ms in row["ms"].items()}
         row["one_hash"] = len(row.pop("hashes")) == 1
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": torch.multiprocessing.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "torch": torch.__version__,
+    }
     return {"elements": 25_557_032, "passes": PASSES, "machine": machine, "ways": rows, "steps": measure_steps()}
 
 

@@ -1,4 +1,5 @@
 """A real HTTP server of a folder, with ranges, ETags and If-Match, that misbehaves as it is told."""
+
 from __future__ import annotations
 
 import email.utils
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = str | None
-"""What one answer is: None (as it should be), "429", "500", "503", "403", "404", "reset", "short", "slow" or "stall"."""
+"""What an answer is: None (as it should be), "429", "500", "503", "403", "404", "reset", "short", "slow" or "stall"."""
 
 
 @contextmanager
@@ -26,10 +27,11 @@ def serve(
     redirect: Callable[[str], str | None] = lambda path: None,
     heard: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[str, list[tuple[str, Fault]]]]:
-    """(address, log of (path, fault)); `fault` is asked with the path and the number of each request for a part of a file.
+    """(address, log of (path, fault)) of a server of files.
 
-    `etag` is "strong", "weak" or "none"; without `ranges` every answer is a whole file; `redirect` tells where a path is
-    instead, if anywhere; `heard` is given the headers of each request.
+    `fault` is asked with the path and the number of each request for a part of a file; `etag` is "strong", "weak" or
+    "none"; without `ranges` every answer is a whole file; `redirect` tells where a path is instead, if anywhere;
+    `heard` is given the headers of each request.
     """
     log: list[tuple[str, Fault]] = []
     lock = threading.Lock()
@@ -68,7 +70,11 @@ def serve(
             content, state = file.read_bytes(), file.stat()
             version = hashlib.sha256(f"{state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
             tags = {"strong": {"ETag": f'"{version}"'}, "weak": {"ETag": f'W/"{version}"'}, "none": {}}[etag]
-            headers = {**tags, "Accept-Ranges": "bytes", "Last-Modified": email.utils.formatdate(state.st_mtime, usegmt=True)}
+            headers = {
+                **tags,
+                "Accept-Ranges": "bytes",
+                "Last-Modified": email.utils.formatdate(state.st_mtime, usegmt=True),
+            }
             if self.headers.get("If-Match", f'"{version}"') != f'"{version}"':
                 return self.reply(412, b"", body, {})
             status = 200
@@ -79,7 +85,9 @@ def serve(
                 content = content[int(start) : int(stop) + 1]
             self.reply(status, content, body, headers, trouble)
 
-        def reply(self, status: int, content: bytes, body: bool, headers: dict[str, str], trouble: Fault = None) -> None:
+        def reply(
+            self, status: int, content: bytes, body: bool, headers: dict[str, str], trouble: Fault = None
+        ) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -1,4 +1,5 @@
 """Decoding within bounds, augmentation that only its keys decide, and what stands in for a bad image."""
+
 from __future__ import annotations
 
 import io
@@ -11,16 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from conftest import DEMO
 from PIL import Image
 
-from conftest import DEMO
-from lars import config
-from lars.config import RecipeError
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import BadImage, Encoded
 from lars.data.index import build_indexes
 from lars.data.loader import evaluation_batches, training_batches
 from lars.data.order import Order
+from lars.recipe import config
+from lars.recipe.refusal import RecipeError
 
 
 def encoded(mode: str = "RGB", size: tuple[int, int] = (60, 40), format: str = "JPEG") -> bytes:
@@ -36,7 +37,10 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
-@pytest.mark.parametrize(("mode", "format"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")],
+)
 def test_every_mode_becomes_rgb(mode: str, format: str) -> None:
     if mode == "I;16":
         buffer = io.BytesIO()
@@ -74,7 +78,7 @@ def test_only_seed_epoch_and_sample_decide_a_view(name: str) -> None:
 
 def test_boxes_spread_like_torchvisions() -> None:
     from lars.data.augment import _random_box
-    from lars.keyed import uniform
+    from lars.exact.keyed import uniform
 
     augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", []).augment
     image = Image.new("RGB", (500, 375))
@@ -82,7 +86,11 @@ def test_boxes_spread_like_torchvisions() -> None:
     draw = torchvision.transforms.RandomResizedCrop.get_params
     torch.manual_seed(0)
     theirs = np.array([draw(image, tuple(augment.scale), tuple(augment.ratio)) for _ in range(4000)])  # top, left, h, w
-    for a, b in ((ours[:, 2] - ours[:, 0], theirs[:, 3]), (ours[:, 3] - ours[:, 1], theirs[:, 2]), (ours[:, 0], theirs[:, 1])):
+    for a, b in (
+        (ours[:, 2] - ours[:, 0], theirs[:, 3]),
+        (ours[:, 3] - ours[:, 1], theirs[:, 2]),
+        (ours[:, 0], theirs[:, 1]),
+    ):
         # five standard errors of a difference of means, and of a ratio of deviations where the kurtosis is at most 3
         assert abs(a.mean() - b.mean()) < 5 * b.std() * (2 / 4000) ** 0.5
         assert abs(a.std() / b.std() - 1) < 5 * (2 / (2 * 4000)) ** 0.5
@@ -99,10 +107,15 @@ def test_evaluation_cuts_the_centre() -> None:
 
 def folder_with(tmp_path, images: list[bytes], labels: list[int], row_group: int = 10):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array([{"bytes": i, "path": None} for i in images], kind), "label": pa.array(labels, pa.int64())})
+    table = pa.table(
+        {"image": pa.array([{"bytes": i, "path": None} for i in images], kind), "label": pa.array(labels, pa.int64())}
+    )
     for split in ("train", "validation"):
         pq.write_table(table, tmp_path / f"{split}-0.parquet", row_group_size=row_group)
-    return config.load(DEMO / "resnet50.yaml", [f"data.path={tmp_path}", "global_batch=8", "bn_group=4", "epochs=10", "runtime.micro_batch=8"])
+    return config.load(
+        DEMO / "resnet50.yaml",
+        [f"data.path={tmp_path}", "global_batch=8", "bn_group=4", "epochs=10", "runtime.micro_batch=8"],
+    )
 
 
 def test_a_bad_image_gives_way_to_its_neighbour_and_is_counted(tmp_path) -> None:
@@ -155,19 +168,33 @@ def test_evaluation_is_timms_transform_to_the_pixel(size: tuple[int, int]) -> No
 
     augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", []).augment
     y, x = np.mgrid[: size[1], : size[0]]
-    pixels = np.stack([128 + 100 * np.sin(x / 9 + y / 23), 255 * x / size[0], 128 + 90 * np.cos(y / 5)], -1).astype(np.uint8)
+    pixels = np.stack([128 + 100 * np.sin(x / 9 + y / 23), 255 * x / size[0], 128 + 90 * np.cos(y / 5)], -1).astype(
+        np.uint8
+    )
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    transform = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bicubic", is_training=False, mean=(0, 0, 0), std=(1, 1, 1))
-    theirs = (transform(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")) * 255).round().byte().permute(1, 2, 0).numpy()
+    transform = create_transform(
+        (3, 224, 224), crop_pct=0.875, interpolation="bicubic", is_training=False, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    theirs = (
+        (transform(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")) * 255)
+        .round()
+        .byte()
+        .permute(1, 2, 0)
+        .numpy()
+    )
     assert np.array_equal(evaluation_image(buffer.getvalue(), augment, 224), theirs)
 
 
 def test_a_large_photograph_is_decoded_small_and_looks_the_same() -> None:
     """Control: the full decode and Pillow's antialiased resize of the same box. Pixels are the same on every CPU."""
-    augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", ["augment.flip=0.0", "augment.scale=[0.5,1.0]"]).augment
+    augment = config.load(
+        DEMO.parent / "resnet50/lars-b32k-90ep.yaml", ["augment.flip=0.0", "augment.scale=[0.5,1.0]"]
+    ).augment
     y, x = np.mgrid[:1800, :2400]
-    pixels = np.stack([128 + 100 * np.sin(x / 90 + y / 230), 255 * x / 2400, 128 + 90 * np.cos(y / 50)], -1).astype(np.uint8)
+    pixels = np.stack([128 + 100 * np.sin(x / 90 + y / 230), 255 * x / 2400, 128 + 90 * np.cos(y / 50)], -1).astype(
+        np.uint8
+    )
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
     full, draws = Image.open(io.BytesIO(buffer.getvalue())), draws_of(0, np.zeros(8, np.int64), np.arange(8))

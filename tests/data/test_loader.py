@@ -1,4 +1,5 @@
-"""The loader's processes: the same pixels however they are cut, bounded memory, and nothing left behind whatever dies."""
+"""The loader's processes: the same pixels however they are cut, bounded memory, nothing left behind whatever dies."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -11,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-
 from conftest import DEMO
-from lars import config
-from lars.batch import BatchPlan
-from lars.config import Recipe
+
 from lars.data.augment import draws_of, training_image
 from lars.data.index import Index, build_indexes
 from lars.data.loader import Loader, data_line, evaluation_batches, training_batches
 from lars.data.order import Order
 from lars.data.reader import Reader
 from lars.data.source import DataError, Source
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +40,35 @@ def batches_of(recipe: Recipe, index: Index, slots: list[range], first: int, las
     return training_batches(Order(index, 0, 96, 4), index, recipe, slots, first, last)
 
 
-def stream(recipe: Recipe, index: Index, micro: int, processes: int, first: int, last: int, workers: int) -> tuple[np.ndarray, ...]:
+def stream(
+    recipe: Recipe, index: Index, micro: int, processes: int, first: int, last: int, workers: int
+) -> tuple[np.ndarray, ...]:
     """ids, pixels and labels of the steps [first, last), put together from what each process gets."""
     got = []
     for rank in range(processes):
         share = 96 // processes
         slots = [range(s, s + micro) for s in range(rank * share, (rank + 1) * share, micro)]
-        parts = [(b.ids, b.images.clone().numpy(), b.labels.numpy()) for b in batches_of(recipe, index, slots, first, last, workers)]
-        got.append([np.concatenate(column).reshape(last - first, share, *column[0].shape[1:]) for column in zip(*parts)])
+        parts = [
+            (b.ids, b.images.clone().numpy(), b.labels.numpy())
+            for b in batches_of(recipe, index, slots, first, last, workers)
+        ]
+        got.append(
+            [np.concatenate(column).reshape(last - first, share, *column[0].shape[1:]) for column in zip(*parts)]
+        )
     return tuple(np.concatenate(parts, axis=1) for parts in zip(*got))
 
 
-def test_pixels_do_not_depend_on_processes_passes_workers_or_where_the_run_resumed(recipe: Recipe, index: Index) -> None:
+def test_pixels_do_not_depend_on_processes_passes_workers_or_where_the_run_resumed(
+    recipe: Recipe, index: Index
+) -> None:
     whole = stream(recipe, index, 8, 1, 0, 24, workers=1)  # 2.3 epochs
     for micro, processes, first, workers in ((96, 1, 0, 2), (4, 3, 7, 3), (16, 2, 11, 2), (48, 2, 23, 1)):
         again = stream(recipe, index, micro, processes, first, 24, workers)
         assert all(np.array_equal(a, b[first:]) for a, b in zip(again, whole))
     ids = whole[0].reshape(-1)
-    assert np.array_equal(np.sort(ids[:1009]), np.arange(1009)) and np.array_equal(np.sort(ids[1009:2018]), np.arange(1009))
+    assert np.array_equal(np.sort(ids[:1009]), np.arange(1009)) and np.array_equal(
+        np.sort(ids[1009:2018]), np.arange(1009)
+    )
 
 
 def test_pixels_are_those_of_the_named_sample_in_its_epoch(recipe: Recipe, index: Index) -> None:
@@ -71,11 +83,16 @@ def test_pixels_are_those_of_the_named_sample_in_its_epoch(recipe: Recipe, index
         for slot in range(0, 96, 5):
             row = rows[batch.ids[slot]]
             expected = training_image(row["image"]["bytes"], recipe.augment, 28, draws[slot])
-            assert np.array_equal(batch.images[slot].permute(1, 2, 0).numpy(), expected) and batch.labels[slot] == row["label"]
+            assert (
+                np.array_equal(batch.images[slot].permute(1, 2, 0).numpy(), expected)
+                and batch.labels[slot] == row["label"]
+            )
 
 
 @pytest.mark.parametrize("memory", [1e9, 1e5])
-def test_a_row_group_is_read_once_an_epoch_or_there_is_a_warning(memory: float, recipe: Recipe, index: Index, caplog, monkeypatch) -> None:
+def test_a_row_group_is_read_once_an_epoch_or_there_is_a_warning(
+    memory: float, recipe: Recipe, index: Index, caplog, monkeypatch
+) -> None:
     monkeypatch.setattr("lars.data.reader._SPARE", 0)
     order = Order(index, 0, 96, 4, window=4)
     wanted = np.zeros((3, index.samples), bool)
@@ -83,7 +100,11 @@ def test_a_row_group_is_read_once_an_epoch_or_there_is_a_warning(memory: float, 
         for sample, epoch in zip(order.ids(step, range(96)), order.epoch_of(step, range(96))):
             wanted[epoch, sample] = True
     reader = Reader(index, recipe.data, 10, lambda epoch: wanted[epoch].copy(), needed=memory)
-    passes = [(order.ids(step, range(s, s + 8)), order.epoch_of(step, range(s, s + 8))) for step in range(21) for s in range(0, 96, 8)]
+    passes = [
+        (order.ids(step, range(s, s + 8)), order.epoch_of(step, range(s, s + 8)))
+        for step in range(21)
+        for s in range(0, 96, 8)
+    ]
     taken = [samples.ids for samples in reader.samples(passes)]
     assert np.array_equal(np.concatenate(taken), np.concatenate([ids for ids, _ in passes]))
     groups = len(index.rows)
@@ -97,14 +118,20 @@ def resident(pids: list[int]) -> int:
     """Bytes of memory that these processes have for themselves or share, each page once."""
     total = 0
     for pid in pids:
-        total += sum(int(kb) * 1024 for kb in re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M))
+        total += sum(
+            int(kb) * 1024 for kb in re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        )
     return total
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_ten_epochs_leave_memory_flat_and_nothing_behind(workers: int, recipe: Recipe, index: Index) -> None:
     others = ("sem.", "torch_", "deepspeed")  # of libraries that other tests use meanwhile
-    names = lambda: {n for n in os.listdir("/dev/shm") if not n.startswith(others)} | {n for n in os.listdir("/tmp") if "lars" in n}  # noqa: E731
+
+    def names() -> set[str]:
+        shared = {n for n in os.listdir("/dev/shm") if not n.startswith(others)}
+        return shared | {n for n in os.listdir("/tmp") if "lars" in n}
+
     before, descriptors = names(), len(os.listdir("/proc/self/fd"))
     batches = batches_of(recipe, index, [range(s, s + 8) for s in range(0, 96, 8)], 0, 10 * 1009 // 96, workers)
     children, marks = list(batches.children), []
@@ -138,13 +165,17 @@ def test_a_parent_that_is_killed_takes_its_loader_along(tiny: tuple[str, ...]) -
     parent.kill()
     parent.join()
     end = time.time() + 10
-    while any(psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE for child in children):
+    while any(
+        psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE for child in children
+    ):
         assert time.time() < end
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("role", ["reading", "decoding"])
-def test_a_process_of_the_loader_that_is_killed_is_an_error_and_no_hang(role: str, recipe: Recipe, index: Index) -> None:
+def test_a_process_of_the_loader_that_is_killed_is_an_error_and_no_hang(
+    role: str, recipe: Recipe, index: Index
+) -> None:
     batches = batches_of(recipe, index, [range(96)], 0, 1000)
     next(batches)
     for child in [child for child, what in batches.children.items() if what == role]:
@@ -158,7 +189,11 @@ def test_a_process_of_the_loader_that_is_killed_is_an_error_and_no_hang(role: st
 def test_an_exception_in_a_decoder_is_an_error_and_no_hang(recipe: Recipe, index: Index, monkeypatch, capfd) -> None:
     monkeypatch.setattr("lars.data.processes.training_image", lambda *a: 1 / 0)
     batches = batches_of(recipe, index, [range(96)], 0, 5)
-    with pytest.raises(DataError, match=r"ZeroDivisionError: division by zero \(sample \d+: 'train_\d+.png', row \d+ of row group \d+ of .*parquet\)"):
+    with pytest.raises(
+        DataError,
+        match=r"ZeroDivisionError: division by zero "
+        r"\(sample \d+: 'train_\d+.png', row \d+ of row group \d+ of .*parquet\)",
+    ):
         next(batches)
     batches.close()
     assert "Traceback" not in capfd.readouterr().err
@@ -170,7 +205,11 @@ def test_a_loader_whose_user_waits_can_be_interrupted(recipe: Recipe, index: Ind
     batches.stop = lambda: True
     started = time.time()
     stand_in = batches.take(96)
-    assert isinstance(stand_in.lacking, InterruptedError) and time.time() - started < 5 and stand_in.images.shape == (96, 3, 28, 28)
+    assert (
+        isinstance(stand_in.data_error, InterruptedError)
+        and time.time() - started < 5
+        and stand_in.images.shape == (96, 3, 28, 28)
+    )
     batches.close()
 
 
@@ -188,7 +227,9 @@ def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path, recipe: Recipe
     batches.close()
 
 
-def test_the_start_says_what_a_process_reads_and_warns_of_files_sorted_by_class(tmp_path: Path, recipe: Recipe, index: Index, caplog) -> None:
+def test_the_start_says_what_a_process_reads_and_warns_of_files_sorted_by_class(
+    tmp_path: Path, recipe: Recipe, index: Index, caplog
+) -> None:
     import pyarrow.parquet as pq
 
     plan = BatchPlan.of(recipe, index.samples, 2)

@@ -1,4 +1,5 @@
 """Mixup, cutmix, RandAugment and erasing: statistics of the field's own, and nothing but their keys decides."""
+
 from __future__ import annotations
 
 import random
@@ -6,27 +7,31 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import DEMO
+from data.test_images import encoded
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from conftest import DEMO
-from data.test_images import encoded
-from lars import config
-from lars.batch import BatchPlan
-from lars.config import RecipeError
 from lars.data.augment import draws_of, training_image
 from lars.data.mix import _beta, mix
-from lars.keyed import uniform
+from lars.exact.keyed import uniform
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.refusal import RecipeError
 
 
-@pytest.mark.parametrize("keys", [["augment.mixup=0.2"], ["augment.cutmix=1.0"], ["augment.mixup=0.8", "augment.cutmix=1.0"]])
+@pytest.mark.parametrize(
+    "keys", [["augment.mixup=0.2"], ["augment.cutmix=1.0"], ["augment.mixup=0.8", "augment.cutmix=1.0"]]
+)
 def test_groups_are_mixed_the_same_in_any_pass(keys: list[str]) -> None:
     recipe = config.load(DEMO / "resnet50.yaml", [*keys, "bn_group=4"])
     images, labels = torch.randn(32, 3, 28, 28), torch.arange(32) % 10
     pixels, targets = mix(images, labels, recipe, 5, 64)
     for size in (4, 16):
         parts = [mix(images[a : a + size], labels[a : a + size], recipe, 5, 64 + a) for a in range(0, 32, size)]
-        assert torch.equal(torch.cat([p for p, _ in parts]), pixels) and torch.equal(torch.cat([t for _, t in parts]), targets)
+        assert torch.equal(torch.cat([p for p, _ in parts]), pixels) and torch.equal(
+            torch.cat([t for _, t in parts]), targets
+        )
     assert not torch.equal(mix(images, labels, recipe, 6, 64)[0], pixels)
     # each of two shares is rounded to float32, and their sum: 2^-24 (share + rest) + 2^-24
     torch.testing.assert_close(targets.sum(1), torch.ones(32), rtol=0, atol=2 * 2.0**-24)

@@ -1,4 +1,5 @@
 """The stream over random layouts and at ImageNet's size, by calling the pure functions."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,7 @@ def even(samples: int, row_group: int, files: int = 1) -> Index:
 
 
 def layouts(count: int) -> list[tuple]:
-    """(index, seed, global_batch, bn_group): uneven row groups, batches that divide nothing, up to one batch an epoch."""
+    """(index, seed, global_batch, bn_group): uneven row groups, batches that divide nothing, up to a batch an epoch."""
     made = []
     for number in range(count):
         generator = np.random.default_rng(number)
@@ -34,7 +35,9 @@ def layouts(count: int) -> list[tuple]:
         most = max(1, int(rows.sum()) // group)
         batch = group * int(generator.integers(1, most + 1))
         if batch <= rows.sum():
-            made.append((index(rows, int(generator.integers(1, 5))), number, batch, group if generator.random() < 0.8 else None))
+            made.append(
+                (index(rows, int(generator.integers(1, 5))), number, batch, group if generator.random() < 0.8 else None)
+            )
     return made
 
 
@@ -43,13 +46,18 @@ LAYOUTS = layouts(32)
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"N{layout[0].samples}-B{layout[2]}-g{layout[3]}")
 def test_epochs_are_permutations_however_the_slots_are_cut(layout: tuple) -> None:
-    """Any W, any `micro_batch`, any point of resumption: one stream, cut at slots. Controls are sorted ids, not our own output."""
+    """Any W, any `micro_batch`, any point of resumption: one stream, cut at slots.
+
+    Controls are sorted ids, not our own output.
+    """
     data, seed, batch, group = layout
     order = Order(data, seed, batch, group)
     steps = -(-3 * data.samples // batch)
     stream = np.concatenate([order.ids(step, range(batch)) for step in range(steps)])
     for epoch in range(3):
-        assert np.array_equal(np.sort(stream[epoch * data.samples : (epoch + 1) * data.samples]), np.arange(data.samples))
+        assert np.array_equal(
+            np.sort(stream[epoch * data.samples : (epoch + 1) * data.samples]), np.arange(data.samples)
+        )
     epochs = np.concatenate([order.epoch_of(step, range(batch)) for step in range(steps)])
     assert np.array_equal(epochs, np.arange(steps * batch) // data.samples)
     generator = np.random.default_rng(seed)
@@ -86,7 +94,7 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 def test_neighbouring_lanes_use_the_row_group_that_they_share_at_the_same_time() -> None:
-    """One process that keeps only what it will use soon reads every row group once, though every lane cuts two of them."""
+    """A process that keeps only what it will use soon reads each row group once, though every lane cuts two of them."""
     data = even(40_000, 100)
     order = Order(data, 0, 1_024, 16, window=1)  # an epoch is 39 steps, a window 7
     last_use, opened = {}, {}
@@ -100,11 +108,16 @@ def test_neighbouring_lanes_use_the_row_group_that_they_share_at_the_same_time()
 
 @pytest.mark.parametrize(("processes", "bn_group"), [(1, 64), (8, 64), (256, 64), (512, 64), (1024, 16), (2048, 16)])
 def test_at_imagenets_size_a_rank_reads_little_more_than_its_share(processes: int, bn_group: int) -> None:
-    """294 files, 12,812 row groups: the rank that reads most over a run of 30 epochs, and the samples of three ranks for real."""
+    """294 files, 12,812 row groups: the rank that reads most over a run of 30 epochs.
+
+    Of three ranks the samples are drawn for real.
+    """
     data = even(1_281_167, 100, 294)
     order, share = Order(data, 0, 32_768, bn_group), 32_768 // processes
     ranks = range(0, processes, max(1, processes // 64))
-    read = np.array([[len(order.row_groups(epoch, range(r * share, (r + 1) * share))) for r in ranks] for epoch in range(30)])
+    read = np.array(
+        [[len(order.row_groups(epoch, range(r * share, (r + 1) * share))) for r in ranks] for epoch in range(30)]
+    )
     assert (100 * read.mean(0) / (data.samples / processes)).max() <= 1.2
     for rank in {0, processes // 2, processes - 1}:
         mine = range(rank * share, (rank + 1) * share)
@@ -124,8 +137,12 @@ def test_the_hash_is_the_sum_over_what_the_ranks_consumed() -> None:
 
 def test_labels_mix_as_the_committed_table_says_and_far_better_than_in_order() -> None:
     table = json.loads((Path(__file__).parents[1] / "benchmarks/order.json").read_text())["shuffling"]
-    full, default = (next(row for row in table["256/32"] if row["window"].endswith(end)) for end in ("permutation", "(default)"))
-    assert default["random_batch"] > 0.99 * full["random_batch"] and default["random_group"] > 0.99 * full["random_group"]
+    full, default = (
+        next(row for row in table["256/32"] if row["window"].endswith(end)) for end in ("permutation", "(default)")
+    )
+    assert (
+        default["random_batch"] > 0.99 * full["random_batch"] and default["random_group"] > 0.99 * full["random_group"]
+    )
     data = even(1_281_167, 100, 294)
     labels = Order(data, 0, 256, 32).ids(10, range(256)) * 1_000 // data.samples  # files sorted by class
     assert abs(len(np.unique(labels)) - default["sorted_batch"]) < 15

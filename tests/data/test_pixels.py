@@ -1,11 +1,11 @@
 """The same pixels everywhere: a decoder or a way to resize whose bytes belong to the CPU would change every hash."""
+
 from __future__ import annotations
 
 import json
 import re
 
 import pytest
-
 from conftest import ROOT
 from distributed import pixels
 from distributed import portable as cells

@@ -1,4 +1,5 @@
 """Reads from a real server that misbehaves: what passes is waited for, what does not ends in one clear line."""
+
 from __future__ import annotations
 
 import logging
@@ -6,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from data.server import serve
+
 from lars.data.source import DataError, Source, _bare
 
 
@@ -39,8 +40,13 @@ def test_a_rate_limit_is_waited_for_as_long_as_it_says(folder: Path) -> None:
     assert time.time() - started >= 1
 
 
-@pytest.mark.parametrize(("fault", "words"), [("503", "503"), ("403", "hf auth login"), ("404", "FileNotFoundError"), ("reset", "data.retry_seconds=2")])
-def test_faults_that_stay_end_in_one_line_without_secrets(fault: str, words: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("503", "503"), ("403", "hf auth login"), ("404", "FileNotFoundError"), ("reset", "data.retry_seconds=2")],
+)
+def test_faults_that_stay_end_in_one_line_without_secrets(
+    fault: str, words: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with serve(folder, lambda path, number: fault) as (address, log), caplog.at_level(logging.WARNING):
         source = Source(f"{address}/file.bin", 2)
         with pytest.raises(DataError, match=words) as error:

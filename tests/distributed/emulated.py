@@ -1,18 +1,18 @@
 """`qemu-x86_64 -cpu Haswell-v4 python -m tests.distributed.emulated --config ...`: train.py on a CPU that is emulated.
 
-The loader forks its processes, and footers are looked at in a fork. In qemu 7.2 a forked process cannot start a thread if
-one of its parent's threads is newer than the one that forked: it gives that one's number once more. So here, and only
-here, a new thread forks.
+The loader forks its processes, and footers are looked at in a fork. In qemu 7.2 a forked process cannot start a thread
+if one of its parent's threads is newer than the one that forked: it gives that one's number once more. So here, and
+only here, a new thread forks.
 """
+
 from __future__ import annotations
 
 import sys
 import threading
 from collections.abc import Callable
 
+from lars.data import footers, forked, loader
 from recipes import train  # first: it pins the instruction set before torch is imported
-
-from lars.data import footers, forked, loader  # noqa: E402
 
 
 def fork_from_a_new_thread(work: Callable[[], None]) -> int:

@@ -1,4 +1,5 @@
 """Two nodes on one machine: each has a network and a host name of its own, and shares no file with the other."""
+
 from __future__ import annotations
 
 import os
@@ -10,10 +11,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import DEMO, ROOT
+from conftest import ROOT
 
 CLONED = (
-    "lars", "launch", "recipes/alexnet", "recipes/train.py", "recipes/demo/model.py", "recipes/demo/resnet50.yaml"
+    "lars",
+    "launch",
+    "recipes/alexnet",
+    "recipes/train.py",
+    "recipes/demo/model.py",
+    "recipes/demo/resnet50.yaml",
 )
 PORT = 29400  # each pair of nodes has networks of its own, so the port is free
 

@@ -1,14 +1,18 @@
-"""`make parity`: is one step the same on every engine? Writes parity.json and parity.png beside itself and a table into the README.
+"""`make parity`: is one step the same on every engine?
+
+Writes parity.json and parity.png beside itself and a table into the README.
 
 A control (one process, plain, bitwise) trains a small recipe and keeps every checkpoint. From its state after an early,
-a middle and a late step every engine takes one step with 1, 2 and 3 processes, through `recipes/train.py` and its launch
-file; that step is compared with the control's own. The first rows are timm's LARS on ZeRO, against timm's LARS in one process.
+a middle and a late step every engine takes one step with 1, 2 and 3 processes, through `recipes/train.py` and its
+launch file; that step is compared with the control's own. The first rows are timm's LARS on ZeRO, against timm's LARS
+in one process.
 
-The bound is of arithmetic, for each tensor (u = 2^-24, float32's unit roundoff; Higham and Mary 2019 for the square root):
-a gradient element is a sum of k products, and each of the two evaluations is off by u sqrt(k) of it; the trust ratio
-repeats that error, so what the step adds to the velocity, a = v' - m v, is off by 2 * 2u sqrt(k) |a|. Weights and
+The bound is of arithmetic, for each tensor (u = 2^-24, float32's unit roundoff; Higham and Mary 2019 for the square
+root): a gradient element is a sum of k products, and each of the two evaluations is off by u sqrt(k) of it; the trust
+ratio repeats that error, so what the step adds to the velocity, a = v' - m v, is off by 2 * 2u sqrt(k) |a|. Weights and
 velocity are rounded when they are stored, in both evaluations: 2u |w| and 4u |v'|. All relative to the step |w' - w|.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,16 +30,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, ROOT, play, tiny_overrides  # noqa: E402
-from lars import config  # noqa: E402
-from lars.engine import build_model  # noqa: E402
-from lars.run import commit  # noqa: E402
+from conftest import DEMO, ROOT, play, tiny_overrides
+
+from lars.engine.build import build_model
+from lars.recipe import config
+from lars.run.sources import commit
 
 RECIPE = DEMO / "resnet50.yaml"
 STEPS = 60
 POINTS = {"early": 1, "middle": STEPS // 2, "late": STEPS - 1}
 PROCESSES = (1, 2, 3)
-# With 4 samples at 1 x 1 pixel a dead channel has no variance, and one ulp of a weight moves the first step by 4 %: groups of 32
+# Groups of 32: with 4 samples at 1 x 1 pixel a dead channel has no variance, and one ulp of a weight moves the first
+# step by 4 %.
 BATCH = ("global_batch=192", "bn_group=32", "runtime.micro_batch=32", "epochs=16")
 ENGINES = ("plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 BUILT = {  # what the launch file promises: engine, optimizer inside it, type of a parameter
@@ -65,7 +71,11 @@ def observe() -> None:
         stage = f", stage {model.zero_optimization_stage()}" if hasattr(model, "zero_optimization_stage") else ""
         inside = getattr(model, "optimizer", optimizer)
         p = next(model.parameters())
-        built = (type(model).__name__ + stage, type(inside).__name__, "DTensor" if isinstance(p, DTensor) else "Parameter")
+        built = (
+            type(model).__name__ + stage,
+            type(inside).__name__,
+            "DTensor" if isinstance(p, DTensor) else "Parameter",
+        )
         say({"built": built})
 
     def counted(self: lars.LARS, closure: None = None) -> None:
@@ -83,18 +93,26 @@ def take_timm() -> None:
     """In each rank: timm's LARS as its users have it, unbound, and without momentum from a checkpoint."""
     import timm.optim
 
-    from lars import engine_deepspeed, engine_plain
+    from lars.engine.base import Engine
+    from lars.engine.deepspeed import DeepSpeed
+    from lars.engine.evaluate import Evaluation
     from recipes import train
 
     def build(recipe: config.Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
         keys = recipe.optimizer
-        return timm.optim.create_optimizer_v2(model, "lars", lr=keys.lr, momentum=keys.momentum, weight_decay=keys.weight_decay)
+        return timm.optim.create_optimizer_v2(
+            model, "lars", lr=keys.lr, momentum=keys.momentum, weight_decay=keys.weight_decay
+        )
 
-    train.build_optimizer, train.bind, train.group_table = build, lambda model, optimizer: None, lambda model, optimizer: ""
+    train.build_optimizer, train.bind, train.group_table = (
+        build,
+        lambda model, optimizer: None,
+        lambda model, optimizer: "",
+    )
     scores = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0}
-    train.evaluate = lambda *_: (scores, None)  # its weights may be past evaluating
-    for kind in (engine_plain.Engine, engine_deepspeed.DeepSpeed):
-        kind.momentum, kind.load_momentum = lambda self: {}, lambda self, momentum: None
+    train.evaluate = lambda *_: Evaluation(scores)  # its weights may be past evaluating
+    for kind in (Engine, DeepSpeed):
+        kind.optimizer_state, kind.load_optimizer_state = lambda self: {}, lambda self, momentum: None
         kind.trust_ratios = lambda self: {}
 
 
@@ -123,19 +141,29 @@ def weights_after(run: Path, step: int) -> dict[str, Tensor]:
     return {name: t.double() for name, t in tensors.items() if t.is_floating_point() and "running_" not in name}
 
 
-def one_step(engine: str, processes: int, control: Path, step: int, tiny: tuple[str, ...], run: Path, first=observe) -> tuple[dict[str, Tensor], str]:
-    """Resume from the control's state after `step` on another engine, take one step: (the weights, what the ranks printed)."""
+def one_step(
+    engine: str, processes: int, control: Path, step: int, tiny: tuple[str, ...], run: Path, first=observe
+) -> tuple[dict[str, Tensor], str]:
+    """(the weights, what the ranks printed) of one step on another engine, from the control's state after `step`."""
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(control / f"checkpoints/step-{step:08d}", run / f"checkpoints/step-{step:08d}")
     keys, where = engine_keys(engine)
     printed = play(
-        processes, RECIPE, *tiny, *keys, f"max_steps={step + 1}", f"run_dir={run}", log=run.with_suffix(".log"), where=where, first=first
+        processes,
+        RECIPE,
+        *tiny,
+        *keys,
+        f"max_steps={step + 1}",
+        f"run_dir={run}",
+        log=run.with_suffix(".log"),
+        where=where,
+        first=first,
     )
     return weights_after(run, step + 1), printed
 
 
 def roundings(tiny: tuple[str, ...]) -> int:
-    """k: products in the longest sum of a gradient element, plus those of the sums it passes through on its way back."""
+    """k: products in the longest sum of a gradient element, plus those of the sums that it passes on its way back."""
     recipe = config.load(RECIPE, list(tiny))
     model, _ = build_model(recipe)
     positions, fans = [1], []
@@ -152,7 +180,7 @@ def roundings(tiny: tuple[str, ...]) -> int:
 
 
 def bounds(control: Path, step: int, tiny: tuple[str, ...]) -> dict[str, float]:
-    """For each tensor the largest difference, relative to the step, that rounding explains (see the top of this file)."""
+    """For each tensor the largest difference, relative to the step, that rounding explains (see this file's top)."""
     u, k, momentum = 2.0**-24, roundings(tiny), config.load(RECIPE, list(tiny)).optimizer.momentum
     before, after = weights_after(control, step), weights_after(control, step + 1)
     old, new = (load_file(control / f"checkpoints/step-{s:08d}/momentum.safetensors") for s in (step, step + 1))
@@ -199,7 +227,10 @@ def measure_timm(engine: str, processes: int, control: Path, tiny: tuple[str, ..
         alone, _ = one_step("plain", 1, control, step, tiny, folder / "alone", first=take_timm)
         sharded, _ = one_step(engine, processes, control, step, tiny, folder / "sharded", first=take_timm)
         before = weights_after(control, step)
-        worst = max((float((sharded[n] - w).norm() / (w - before[n]).norm()) for n, w in alone.items()), key=lambda x: (x != x, x))
+        worst = max(
+            (float((sharded[n] - w).norm() / (w - before[n]).norm()) for n, w in alone.items()),
+            key=lambda x: (x != x, x),
+        )
         row["difference"][point] = worst if math.isfinite(worst) else None
     exact = all(difference is not None and difference <= allowed for difference in row["difference"].values())
     return row | {"verdict": "PASS" if exact else "FAIL"}
@@ -217,7 +248,10 @@ def drift(control: Path, tiny: tuple[str, ...], folder: Path) -> dict[str, list[
         found[name] = []
         for step in range(1, STEPS + 1):
             ours, theirs = weights_after(run, step), weights_after(control, step)
-            away, way = (math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in b)) for a, b in ((ours, theirs), (theirs, start)))
+            away, way = (
+                math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in b))
+                for a, b in ((ours, theirs), (theirs, start))
+            )
             found[name].append(away / way)
     return found
 
@@ -230,21 +264,41 @@ def plot(drifts: dict[str, list[float]], file: Path) -> None:
     for name, values in drifts.items():
         thick = {"color": "black", "linewidth": 2.5, "zorder": 0} if name not in ENGINES else {"linewidth": 1.2}
         axes.semilogy(range(1, len(values) + 1), values, label=name, **thick)
-    axes.set(xlabel="step", ylabel="distance from the control / its way so far", title="Rounding grows; no engine adds to it")
+    axes.set(
+        xlabel="step", ylabel="distance from the control / its way so far", title="Rounding grows; no engine adds to it"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=110)
 
 
 def table(rows: list[dict]) -> str:
-    """The README's table, in Markdown: a line for each engine and optimizer, in its cells the process counts in turn."""
-    lines = ["| engine | optimizer | processes | early | middle | late | collectives | verdict |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    """The README's table, in Markdown: a line for each engine and optimizer, with the process counts in its cells."""
+    lines = [
+        "| engine | optimizer | processes | early | middle | late | collectives | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for (engine, optimizer), some in groupby(rows, key=lambda row: (row["engine"], row["optimizer"])):
         some = list(some)
         differences = [[row["difference"][point] for row in some] for point in POINTS]
-        exact = [", ".join("NaN" if d is None else f"{d:.1e}".replace("e-0", "e-") if 0 < d < 1 else f"{d:.2g}" for d in point) for point in differences]
-        said = {key: dict.fromkeys(f"{row[key]:g}" if key == "collectives" else str(row[key]) for row in some if key in row) for key in ("processes", "collectives", "verdict")}
-        cells = [engine, optimizer, ", ".join(said["processes"]), *exact, ", ".join(said["collectives"]), ", ".join(said["verdict"])]
+        exact = [
+            ", ".join(
+                "NaN" if d is None else f"{d:.1e}".replace("e-0", "e-") if 0 < d < 1 else f"{d:.2g}" for d in point
+            )
+            for point in differences
+        ]
+        said = {
+            key: dict.fromkeys(f"{row[key]:g}" if key == "collectives" else str(row[key]) for row in some if key in row)
+            for key in ("processes", "collectives", "verdict")
+        }
+        cells = [
+            engine,
+            optimizer,
+            ", ".join(said["processes"]),
+            *exact,
+            ", ".join(said["collectives"]),
+            ", ".join(said["verdict"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -270,7 +324,13 @@ def main() -> int:
             for processes in PROCESSES[engine in ("plain", "ddp") :]:  # in one process these are the control
                 add(measure(engine, processes, control, tiny, folder))
         drifts = drift(control, tiny, folder)
-    result = {"commit": commit(), "recipe": f"demo/resnet50 with four blocks, {', '.join(BATCH)}", "steps": list(POINTS.values()), "rows": rows, "drift": drifts}
+    result = {
+        "commit": commit(),
+        "recipe": f"demo/resnet50 with four blocks, {', '.join(BATCH)}",
+        "steps": list(POINTS.values()),
+        "rows": rows,
+        "drift": drifts,
+    }
     (here / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(drifts, here / "parity.png")
     readme = ROOT / "README.md"

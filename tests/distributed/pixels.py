@@ -2,6 +2,7 @@
 
 The images are some of the demo's, and JPEGs of several sizes and kinds that are drawn here with integers alone.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,9 +17,9 @@ import pyarrow.parquet as pq
 import simplejpeg
 from PIL import Image
 
-from lars import config
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import Encoded
+from lars.recipe import config
 
 DEMO = Path(__file__).parents[2] / "recipes/demo"
 _SIZES = ((375, 500), (500, 333), (97, 131), (641, 480))  # height, width; odd ones too

@@ -10,6 +10,7 @@ and a table into lars/README.md.
 
 The data are the demo's, but for a validation split of 32 images: what is evaluated changes no weight.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,9 +29,11 @@ import psutil
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, ROOT, free_port  # noqa: E402
-from lars import portable  # noqa: E402
-from lars.run import commit, read_result  # noqa: E402
+from conftest import DEMO, ROOT, free_port
+
+from lars.exact import portable
+from lars.run.reading import read_result
+from lars.run.sources import commit
 
 FILE, PAGE = Path(__file__).with_name("portable.json"), ROOT / "lars" / "README.md"
 RECIPES = ("demo/alexnet", "demo/resnet50")

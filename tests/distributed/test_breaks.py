@@ -1,4 +1,5 @@
 """The law broken on purpose: each of these must be seen, or the tests of the promise could not fail."""
+
 from __future__ import annotations
 
 import os
@@ -9,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-
 from conftest import DEMO, start_ranks
-from lars.run import read_lines
+
+from lars.run.reading import read_lines
 
 RANK = "RANK"
 
 
 def seed_by_rank() -> None:
     """Dropout drawn from the rank, as a script does that calls `manual_seed(seed + rank)`."""
-    from lars import engine_plain
+    from lars.engine import base
 
-    mix64, rank = engine_plain.mix64, int(os.environ.get(RANK, 0))
-    engine_plain.mix64 = lambda *keys: mix64(*keys, rank) if rank else mix64(*keys)
+    mix64, rank = base.mix64, int(os.environ.get(RANK, 0))
+    base.mix64 = lambda *keys: mix64(*keys, rank) if rank else mix64(*keys)
 
 
 def weights_by_rank() -> None:
@@ -41,9 +42,9 @@ def weights_by_rank() -> None:
 
 def sum_in_rank_order() -> None:
     """Gradients added as floats: first this process's passes, then the processes."""
-    from lars import engine_plain
+    from lars.engine import base
 
-    class FloatSum(engine_plain.OrderFreeSum):
+    class FloatSum(base.OrderFreeSum):
         def add_gradients(self) -> None:
             self.floating = getattr(self, "floating", [torch.zeros_like(p) for p in self.parameters])
             for total, p in zip(self.floating, self.parameters):
@@ -59,12 +60,12 @@ def sum_in_rank_order() -> None:
                 total.zero_()
             return sums
 
-    engine_plain.OrderFreeSum = FloatSum
+    base.OrderFreeSum = FloatSum
 
 
 def buffers_by_rank() -> None:
     """Running statistics of this process's last pass."""
-    from lars.engine_plain import Engine
+    from lars.engine.plain import Engine
 
     update = Engine.update_statistics
     Engine.update_statistics = lambda self, means: update(self, self.statistics() / (8 // 4))
@@ -84,11 +85,15 @@ def losses(processes: int, keys: tuple[str, ...], first: Callable[[], None] | No
     ranks = start_ranks(processes, DEMO / "resnet50.yaml", *keys, f"run_dir={run}", log=folder / "log", first=first)
     if any(ranks.wait()):
         return ranks.output
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]  # the evaluation's is the last
+    return [
+        line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line
+    ]  # the evaluation's is the last
 
 
 @pytest.mark.parametrize("law_breaker", [seed_by_rank, sum_in_rank_order, draws_by_worker])
-def test_what_leaks_into_the_numbers_is_seen(law_breaker: Callable[[], None], tmp_path: Path, tiny: tuple[str, ...]) -> None:
+def test_what_leaks_into_the_numbers_is_seen(
+    law_breaker: Callable[[], None], tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
     keys = (*tiny, "max_steps=4", "schedule.warmup_lr=8.0", "model.kwargs.drop_rate=0.5")
     one, two = (losses(w, keys, law_breaker, tmp_path) for w in (1, 2))
     assert isinstance(one, list) and isinstance(two, list), (one, two)
@@ -96,7 +101,9 @@ def test_what_leaks_into_the_numbers_is_seen(law_breaker: Callable[[], None], tm
 
 
 @pytest.mark.parametrize("law_breaker", [weights_by_rank, buffers_by_rank])
-def test_what_makes_processes_differ_ends_the_run(law_breaker: Callable[[], None], tmp_path: Path, tiny: tuple[str, ...]) -> None:
+def test_what_makes_processes_differ_ends_the_run(
+    law_breaker: Callable[[], None], tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
     said = losses(2, (*tiny, "max_steps=4"), law_breaker, tmp_path)
     assert "has other weights than rank 0; they are not saved" in said
 

@@ -1,4 +1,5 @@
 """Every engine through `recipes/train.py` and its launch file, against the plain engine in one process."""
+
 from __future__ import annotations
 
 import json
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from conftest import DEMO, ROOT, play, start_ranks
 from distributed.parity import BUILT, RECIPE, bounds, differences, one_step, told, weights_after
-from lars.reproduce import main as reproduce_main
-from lars.run import read_lines, read_result, weights_sha256
+from safetensors.torch import load_file
+
+from lars.commands.reproduce import main as reproduce_main
+from lars.run.folder import weights_sha256
+from lars.run.reading import read_lines, read_result
 from recipes.train import main
 
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
@@ -43,7 +45,9 @@ def assert_same_step(weights: dict[str, torch.Tensor], control: Path, step: int,
         *(pytest.param(engine, w, marks=pytest.mark.long) for engine in (*SHARDED, "ddp") for w in (1, 3)),
     ],
 )
-def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: int, control: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_one_step_from_the_same_state_is_the_control_s(
+    engine: str, processes: int, control: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     weights, printed = one_step(engine, processes, control, 2, tiny, run)
     assert_same_step(weights, control, 2, tiny)
@@ -56,12 +60,20 @@ def test_one_step_from_the_same_state_is_the_control_s(engine: str, processes: i
     expected = 0 if engine in ("ddp", "zero0") else 1  # one all-reduce in all, whatever the number of parameter groups
     assert sum(told(printed, "collectives")) == expected * processes
     result = read_result(run)
-    assert (result["engine"], result["reproducibility"], result["world_size"]) == (engine if processes > 1 or engine != "ddp" else "plain", "numeric", processes)
+    assert (result["engine"], result["reproducibility"], result["world_size"]) == (
+        engine if processes > 1 or engine != "ddp" else "plain",
+        "numeric",
+        processes,
+    )
     assert result["weights_sha256"] == weights_sha256(load_file(run / "checkpoints/step-00000003/model.safetensors"))
-    ratios, control_ratios = (next(x for x in read_lines(r / "metrics.jsonl", "trust") if x["step"] == 3)["ratios"] for r in (run, control))
+    ratios, control_ratios = (
+        next(x for x in read_lines(r / "metrics.jsonl", "trust") if x["step"] == 3)["ratios"] for r in (run, control)
+    )
     # four digits are logged, so the last may differ by one: 1e-3 of a number that begins with 1000
     assert ratios == pytest.approx(control_ratios, rel=1e-3 + 1e-9) and len(ratios) > 10  # all layers
-    assert read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199  # 25 chunks: not the same number on each process
+    assert (
+        read_lines(run / "metrics.jsonl", "eval")[-1]["images"] == 199
+    )  # 25 chunks: not the same number on each process
 
 
 def tie() -> None:
@@ -79,7 +91,9 @@ def tie() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [(), ("runtime.channels_last=true",), ("model.name=tied_resnet50", "model.kwargs.layers=[2,1,1,1]")])
+@pytest.mark.parametrize(
+    "more", [(), ("runtime.channels_last=true",), ("model.name=tied_resnet50", "model.kwargs.layers=[2,1,1,1]")]
+)
 def test_a_run_goes_on_over_changes_of_engine(more: tuple[str, ...], tiny: tuple[str, ...], tmp_path: Path) -> None:
     """plain -> ZeRO-2 -> ZeRO-3 -> FSDP2 -> plain, one step each, every one within rounding of the plain engine's."""
     tie()  # for `bounds` in this process
@@ -95,9 +109,20 @@ def test_a_run_goes_on_over_changes_of_engine(more: tuple[str, ...], tiny: tuple
     assert "layer1.0.conv2.weight" in stored and "layer1.1.conv2.weight" not in stored  # tied: under its first name
 
 
-@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.long), "zero2", pytest.param("zero3", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("zero1", marks=pytest.mark.long), "zero2", pytest.param("zero3", marks=pytest.mark.long)]
+)
 def test_without_bind_a_sharded_run_ends_with_one_line(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    ranks = start_ranks(2, RECIPE, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log", where=engine, first=patch_bind_away)
+    ranks = start_ranks(
+        2,
+        RECIPE,
+        *tiny,
+        "max_steps=1",
+        f"run_dir={tmp_path / 'run'}",
+        log=tmp_path / "log",
+        where=engine,
+        first=patch_bind_away,
+    )
     assert ranks.wait() == [2, 2], ranks.output
     assert "error: a parameter group holds other tensors" in ranks.output and "lars.bind" in ranks.output
     assert read_result(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run/checkpoints").exists()
@@ -111,7 +136,7 @@ def patch_bind_away() -> None:
 
 @pytest.mark.parametrize("engine", ["zero2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero3", "fsdp2"))])
 def test_bf16_is_autocast_over_float32_weights(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    """12 passes on 3 processes: the loss is divided by 4, which bf16 does exactly, so each pass has the plain engine's bits."""
+    """12 passes on 3 processes: each pass has the plain engine's bits, as bf16 divides the loss by 4 exactly."""
     plain = tmp_path / "plain"
     more = ("precision=bf16", "checkpoint.every_steps=1", "checkpoint.keep=9")
     play(1, RECIPE, *tiny, *more, "max_steps=2", f"run_dir={plain}", log=tmp_path / "log")
@@ -141,19 +166,27 @@ def spoil_a_gradient() -> None:
         train.build_model = spoiled
 
 
-@pytest.mark.parametrize("engine", ["zero2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero0", "zero1", "zero3", "fsdp2", ""))])
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero0", "zero1", "zero3", "fsdp2", ""))]
+)
 def test_a_gradient_that_is_not_finite_stops_every_engine(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = (*tiny, "checkpoint.every_steps=1", f"run_dir={run}")
     ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine, first=spoil_a_gradient)
     assert ranks.wait() == [1, 1], ranks.output
     assert "FloatingPointError: step 2: not finite or beyond range, first in gradient" in ranks.output
-    assert read_result(run)["status"] == "failed" and [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert read_result(run)["status"] == "failed" and [p.name for p in (run / "checkpoints").glob("step-*")] == [
+        "step-00000001"
+    ]
     assert all(w.isfinite().all() for w in weights_after(run, 1).values())
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero1", "zero2", "zero3"))])
-def test_a_signal_saves_the_last_finished_step_and_the_run_resumes(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.long) for e in ("zero1", "zero2", "zero3"))]
+)
+def test_a_signal_saves_the_last_finished_step_and_the_run_resumes(
+    engine: str, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     keys = (*tiny, "max_steps=30", f"run_dir={run}")
     ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where=engine)
@@ -163,13 +196,25 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_resumes(engine: str, 
     assert ranks.wait() == [75, 75], ranks.output
     stopped = read_result(run)
     assert stopped["status"] == "preempted" and 3 <= stopped["steps"] < 30
-    printed = play(2, RECIPE, *tiny, f"max_steps={stopped['steps'] + 1}", f"run_dir={run}", log=tmp_path / "log", where=engine)
+    printed = play(
+        2, RECIPE, *tiny, f"max_steps={stopped['steps'] + 1}", f"run_dir={run}", log=tmp_path / "log", where=engine
+    )
     assert f"resuming after step {stopped['steps']}" in printed and read_result(run)["status"] == "finished"
 
 
-@pytest.mark.parametrize("where", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero0", "zero1", "zero3", "fsdp2"))])
+@pytest.mark.parametrize(
+    "where", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero0", "zero1", "zero3", "fsdp2"))]
+)
 def test_the_launch_file_works_with_accelerate_launch(where: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", f"launch/{where}.yaml", "--num_processes", "2"]
+    launch = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        f"launch/{where}.yaml",
+        "--num_processes",
+        "2",
+    ]
     train = ["recipes/train.py", "--config", str(RECIPE), *tiny, "max_steps=2", f"run_dir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, *launch, *train], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,7 +249,12 @@ def test_a_deepspeed_file_that_would_change_the_run_is_refused(
 
 
 def refusal(
-    settings: dict, overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str]
+    settings: dict,
+    overrides: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    words: list[str],
 ) -> str:
     file = tmp_path / "changed.json"
     file.write_text(json.dumps(settings))
@@ -224,7 +274,14 @@ def test_deepspeed_s_own_bf16_is_refused_on_stage_0_and_with_bf16_accumulation(
 ) -> None:
     stage0 = {**ZERO2, **BF16, "zero_optimization": {"stage": 0}}
     refusal(stage0, ("precision=bf16",), tmp_path, monkeypatch, capsys, ["stage 0", "remove it"])
-    refusal({**ZERO2, "bf16": {"enabled": True}}, ("precision=bf16",), tmp_path, monkeypatch, capsys, ["grad_accum_dtype", "fp32"])
+    refusal(
+        {**ZERO2, "bf16": {"enabled": True}},
+        ("precision=bf16",),
+        tmp_path,
+        monkeypatch,
+        capsys,
+        ["grad_accum_dtype", "fp32"],
+    )
 
 
 def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
@@ -246,11 +303,22 @@ def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
 def test_make_checks_a_launch_file_before_it_starts_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """`make reproduce-* LAUNCH=...` goes through `lars.reproduce`."""
+    """`make reproduce-* LAUNCH=...` goes through `lars.commands.reproduce`."""
     (tmp_path / "bad.json").write_text(json.dumps({**ZERO2, "gradient_clipping": 1.0}))
-    (tmp_path / "bad.yaml").write_text((ROOT / "launch/zero2.yaml").read_text().replace("launch/zero2.json", str(tmp_path / "bad.json")))
+    (tmp_path / "bad.yaml").write_text(
+        (ROOT / "launch/zero2.yaml").read_text().replace("launch/zero2.json", str(tmp_path / "bad.json"))
+    )
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["reproduce", "--launch", str(tmp_path / "bad.yaml"), str(DEMO / "resnet50.yaml"), f"run_dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "reproduce",
+            "--launch",
+            str(tmp_path / "bad.yaml"),
+            str(DEMO / "resnet50.yaml"),
+            f"run_dir={tmp_path / 'run'}",
+        ],
+    )
     assert reproduce_main() == 2
     said = capfd.readouterr()
     assert '"gradient_clipping": 0.0' in said.err and "accelerate launch" not in said.out
@@ -258,7 +326,9 @@ def test_make_checks_a_launch_file_before_it_starts_anything(
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_s_own_bf16_section_trains_saves_and_resumes(stage: int, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_deepspeed_s_own_bf16_section_trains_saves_and_resumes(
+    stage: int, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     """bf16 weights in the model, float32 masters in LARS: the checkpoint holds the masters."""
     settings = {**json.loads((ROOT / f"launch/zero{stage}.json").read_text()), **BF16}
     (tmp_path / "bf16.json").write_text(json.dumps(settings))

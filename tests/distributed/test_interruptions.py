@@ -1,4 +1,5 @@
 """Signals in the middle of long steps and evaluations, and a process that hangs: real processes, real signals."""
+
 from __future__ import annotations
 
 import os
@@ -7,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import DEMO, Ranks, play, start_ranks
-from lars.run import read_lines, read_result
+
+from lars.run.reading import read_lines, read_result
 
 RECIPE = DEMO / "resnet50.yaml"
 
@@ -23,7 +24,7 @@ def wait_for(words: str, file: Path, ranks: Ranks, seconds: float = 120) -> None
 
 def slow_passes() -> None:
     """From the third step on a pass takes three seconds, so that a step of six passes takes eighteen."""
-    from lars.engine_plain import Engine
+    from lars.engine.plain import Engine
 
     forward = Engine.forward
 
@@ -34,8 +35,12 @@ def slow_passes() -> None:
     Engine.forward = slow
 
 
-@pytest.mark.parametrize("engine", ["", pytest.param("zero2", marks=pytest.mark.long), pytest.param("fsdp2", marks=pytest.mark.long)])
-def test_a_signal_in_a_long_step_drops_it_and_saves_within_ten_seconds(engine: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", ["", pytest.param("zero2", marks=pytest.mark.long), pytest.param("fsdp2", marks=pytest.mark.long)]
+)
+def test_a_signal_in_a_long_step_drops_it_and_saves_within_ten_seconds(
+    engine: str, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     ranks = start_ranks(2, RECIPE, *tiny, f"run_dir={run}", log=tmp_path / "log", where=engine, first=slow_passes)
     wait_for('"step": 2,', run / "metrics.jsonl", ranks)
@@ -55,15 +60,19 @@ def slow_evaluation() -> None:
 
     def slow(engine: object, *rest: object) -> object:
         logits = engine.logits
-        engine.logits = lambda model, images: (print("evaluating", flush=True), time.sleep(1), logits(model, images))[-1]
+        engine.logits = lambda model, images: (print("evaluating", flush=True), time.sleep(1), logits(model, images))[
+            -1
+        ]
         return evaluate(engine, *rest)
 
     train.evaluate = slow
 
 
-def test_a_signal_in_an_evaluation_stops_it_and_the_resumed_run_evaluates(tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
+def test_a_signal_in_an_evaluation_stops_it_and_the_resumed_run_evaluates(
+    tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    keys = (*tiny, "max_steps=24", "ledger=true", f"run_dir={run}")
+    keys = (*tiny, "max_steps=24", "log_samples=true", f"run_dir={run}")
     ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", first=slow_evaluation)
     wait_for("evaluating", tmp_path / "log", ranks)
     os.kill(ranks.processes[0].pid, signal.SIGTERM)
@@ -87,6 +96,8 @@ def test_a_process_that_hangs_is_named_with_its_step(engine: str, tiny: tuple[st
     assert ranks.processes[0].exitcode == 1 and time.time() - stopped < 15, ranks.output
     errors = [line for line in ranks.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "no process has moved for 4 s; rank" in errors[0], ranks.output
-    assert engine or "rank 1 of 2 came no further than step" in errors[0]  # in a layer's exchange both stand at one pass
+    assert (
+        engine or "rank 1 of 2 came no further than step" in errors[0]
+    )  # in a layer's exchange both stand at one pass
     result = read_result(run)
     assert result["status"] == "failed" and result["error"] in errors[0]

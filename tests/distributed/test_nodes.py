@@ -1,4 +1,5 @@
 """Two nodes with disks of their own: one dies, they differ, they change places, the cable is pulled."""
+
 from __future__ import annotations
 
 import json
@@ -11,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from nodes import Cluster, Node, obstacle
 from safetensors.torch import load_file, save_file
 
-from lars import checkpoint
-from lars.run import read_lines, read_result
-from nodes import Cluster, Node, obstacle
+from lars.run import checkpoint
+from lars.run.reading import read_lines, read_result
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
@@ -33,7 +34,7 @@ def cluster(tmp_path: Path, tiny: tuple[str, ...]) -> Iterator[Cluster]:
 @pytest.fixture
 def keys(tiny: tuple[str, ...]) -> tuple[str, ...]:
     """The run of `tiny_runs`, on the data that each node has beside its recipe."""
-    return (*tiny[1:], "max_steps=24", "ledger=true", "checkpoint.every_steps=3")
+    return (*tiny[1:], "max_steps=24", "log_samples=true", "checkpoint.every_steps=3")
 
 
 def assert_the_same_run(node: Node, control: Path) -> None:
@@ -104,7 +105,7 @@ def test_the_nodes_change_places_and_the_end_is_seen_from_any_of_them(
 
 
 def edit_a_source(node: Node, run: Path) -> None:
-    with open(node.clone / "lars/optimizer.py", "a") as file:
+    with open(node.clone / "lars/optim/lars.py", "a") as file:
         file.write("\n# another line\n")
 
 
@@ -125,9 +126,9 @@ def change_a_checkpoint(node: Node, run: Path) -> None:
     momentum = load_file(newest / "momentum.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in momentum.items()}, newest / "momentum.safetensors")
     state = json.loads((newest / "state.json").read_text())
-    state["files"]["momentum.safetensors"] = checkpoint._sha256(newest / "momentum.safetensors")
+    state["files"]["momentum.safetensors"] = checkpoint.sha256(newest / "momentum.safetensors")
     (newest / "state.json").write_text(json.dumps(state))
-    (newest / "state.sha256").write_text(checkpoint._sha256(newest / "state.json"))
+    (newest / "state.sha256").write_text(checkpoint.sha256(newest / "state.json"))
     assert checkpoint.verified(newest)
 
 
@@ -141,15 +142,19 @@ def leave_it(node: Node, run: Path) -> None:
         pytest.param(leave_it, ("optimizer.lr=8",), ("optimizer.lr", "8.0", "16.0"), id="rate"),
         pytest.param(leave_it, ("optimizer.lr=-1",), ("optimizer.lr", "-1"), id="invalid"),
         pytest.param(leave_it, ("checkpoint.keep=4",), ("checkpoint.keep", "4", "2"), id="saves", marks=LONG),
-        pytest.param(edit_a_source, (), ("lars/optimizer.py", "worker-a"), id="source", marks=LONG),
+        pytest.param(edit_a_source, (), ("lars/optim/lars.py", "worker-a"), id="source", marks=LONG),
         pytest.param(change_rows, (), ("train-00001-of-00005.parquet", "509 rows"), id="rows", marks=LONG),
         pytest.param(lose_a_file, (), ("train-00001-of-00005.parquet",), id="missing", marks=LONG),
         pytest.param(change_a_checkpoint, (), ("different checkpoints of step 24",), id="checkpoint", marks=LONG),
     ],
 )
 def test_a_node_that_differs_is_refused_before_anything_is_written(
-    spoil: Callable[[Node, Path], None], on_b: tuple[str, ...], named: tuple[str, ...],
-    cluster: Cluster, keys: tuple[str, ...], tiny_runs: dict[int, Path],
+    spoil: Callable[[Node, Path], None],
+    on_b: tuple[str, ...],
+    named: tuple[str, ...],
+    cluster: Cluster,
+    keys: tuple[str, ...],
+    tiny_runs: dict[int, Path],
 ) -> None:
     if spoil is change_a_checkpoint:
         shutil.copytree(tiny_runs[1], cluster.a.run)

@@ -1,4 +1,5 @@
 """`runtime.portable`: one hash under every launcher, and on every x86-64 CPU with AVX2 as far as qemu emulates them."""
+
 from __future__ import annotations
 
 import json
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from conftest import DEMO, ROOT
 from distributed import portable as cells
-from lars import agreement, config, launched, portable
-from lars.config import RecipeError
-from lars.run import environment, read_result
+
+from lars.exact import portable
+from lars.recipe import config, launched
+from lars.recipe.refusal import RecipeError
+from lars.run import agreement
+from lars.run.reading import read_result
+from lars.run.sources import environment
 
 COMMITTED = json.loads(cells.FILE.read_text())
 SIX = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -164,7 +168,9 @@ def test_only_what_is_bitwise_becomes_portable(promised: str, given: str, monkey
         ({"reproducibility": "numeric", "environment": {}}, "numeric"),
     ],
 )
-def test_a_resumed_run_is_no_stronger_than_its_steps_so_far(made: dict, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_no_stronger_than_its_steps_so_far(
+    made: dict, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(portable, "obstacle", lambda: None)
     monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
     engine, before = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu")), SimpleNamespace(made=made)
@@ -176,14 +182,16 @@ def test_a_resumed_run_is_no_stronger_than_its_steps_so_far(made: dict, given: s
 def test_a_bitwise_run_that_changes_its_cpu_becomes_numeric(device: str | None, given: str) -> None:
     engine = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu"))
     here = environment(engine.device)
-    before = SimpleNamespace(made={"reproducibility": "bitwise", "environment": {**here, "device": device or here["device"]}})
+    before = SimpleNamespace(
+        made={"reproducibility": "bitwise", "environment": {**here, "device": device or here["device"]}}
+    )
     recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=false"])
     found, why = agreement.strength(agreement.Peers(), engine, recipe, before)
     assert found["reproducibility"] == given and ("another CPU" in why) == (given == "numeric")
 
 
 def test_the_pins_come_before_torch() -> None:
-    """train.py imports `lars.config` and `lars.portable` first; what they import must leave torch alone."""
+    """train.py imports `lars.recipe.config` and `lars.exact.portable` first; their imports must leave torch alone."""
     code = "import sys, lars, lars.portable, lars.config\nlars.portable.excluded()\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=cells.clean(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 """The promise, with real processes over gloo: the same run at any number of them, and after interruptions."""
+
 from __future__ import annotations
 
 import copy
@@ -18,14 +19,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import DEMO, ROOT, launch, launch_line, play, start_ranks
 from safetensors.torch import load_file
 
-from conftest import DEMO, ROOT, launch, launch_line, play, start_ranks
-from lars import config
 from lars.data.index import build_indexes
 from lars.data.loader import training_batches
 from lars.data.order import Order, samples_hash
-from lars.run import read_lines, read_result, weights_sha256
+from lars.recipe import config
+from lars.run.folder import weights_sha256
+from lars.run.reading import read_lines, read_result
 
 
 def test_one_hash_at_any_number_of_processes(tiny_runs: dict[int, Path]) -> None:
@@ -35,7 +37,10 @@ def test_one_hash_at_any_number_of_processes(tiny_runs: dict[int, Path]) -> None
     assert {r["reproducibility"] for r in results.values()} == {"bitwise"}
     assert len({r["weights_sha256"] for r in results.values()}) == 1
     assert len({r["samples_hash"] for r in results.values()}) == 1
-    lines = {w: [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(run / "metrics.jsonl")] for w, run in tiny_runs.items()}
+    lines = {
+        w: [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(run / "metrics.jsonl")]
+        for w, run in tiny_runs.items()
+    }
     assert lines[1] == lines[2] == lines[3] == lines[4]
 
 
@@ -75,7 +80,9 @@ def test_evaluation_is_what_plain_torch_counts(tiny_runs: dict[int, Path], tiny:
     model = timm.create_model("resnet50", num_classes=10, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1]).eval()
     model.load_state_dict(load_file(tiny_runs[2] / "checkpoints/step-00000024/model.safetensors"))
     table = pq.read_table(Path(tiny[0].removeprefix("data.path=")) / "validation-00000-of-00001.parquet")
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()])
+    pixels = np.stack(
+        [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()]
+    )
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).double() - 73.0) / 90.0
     with torch.no_grad():
         logits = model.double()(images)
@@ -197,12 +204,17 @@ def test_one_step_is_what_plain_torch_computes(tmp_path: Path, tiny: tuple[str, 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_without_determinism_the_step_is_the_same_up_to_rounding(processes: int, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+def test_without_determinism_the_step_is_the_same_up_to_rounding(
+    processes: int, tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
     """DDP's own float sum with two processes; one process sums by itself."""
     run = tmp_path / "run"
     keys = (*tiny, *STEP, "runtime.deterministic=false", f"run_dir={run}")
     play(processes, DEMO / "resnet50.yaml", *keys, log=tmp_path / "log")
-    assert read_result(run)["engine"] == ("ddp" if processes == 2 else "plain") and read_result(run)["reproducibility"] == "numeric"
+    assert (
+        read_result(run)["engine"] == ("ddp" if processes == 2 else "plain")
+        and read_result(run)["reproducibility"] == "numeric"
+    )
     assert_one_step(run, tiny)
 
 
@@ -236,10 +248,12 @@ def wait_for_step(run: Path, step: int, running: callable) -> None:
         time.sleep(0.02)
 
 
-def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
+def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(
+    tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
+) -> None:
     """SIGKILL of one of 2 ranks, SIGTERM of 4 ranks, SIGTERM of the launcher of 2, to the end with 1: one hash."""
     run, recipe = tmp_path / "run", DEMO / "resnet50.yaml"
-    overrides = (*tiny, "max_steps=24", "ledger=true", "checkpoint.every_steps=3", f"run_dir={run}")
+    overrides = (*tiny, "max_steps=24", "log_samples=true", "checkpoint.every_steps=3", f"run_dir={run}")
 
     ranks = start_ranks(2, recipe, *overrides, log=tmp_path / "log")
     wait_for_step(run, 5, ranks.processes[0].is_alive)
@@ -266,14 +280,24 @@ def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(tmp_path: 
     for key in ("weights_sha256", "samples_hash", "steps", "top1"):
         assert read_result(run)[key] == whole[key]
     assert read_lines(run / "ledger.jsonl") == read_lines(tiny_runs[1] / "ledger.jsonl")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000021", "step-00000024"]  # every third, keep=2
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000021",
+        "step-00000024",
+    ]  # every third, keep=2
 
 
-def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
+def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(
+    tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
+) -> None:
     run, log, recipe = tmp_path / "run", tmp_path / "log", DEMO / "resnet50.yaml"
     shutil.copytree(tiny_runs[1], run)
-    assert "already finished after 24 steps" in play(1, recipe, *tiny, "max_steps=24", "ledger=true", f"run_dir={run}", log=log)
-    assert "resuming after step 24" in play(1, recipe, *tiny, "max_steps=25", "ledger=true", f"run_dir={run}", log=log)
+    assert "already finished after 24 steps" in play(
+        1, recipe, *tiny, "max_steps=24", "log_samples=true", f"run_dir={run}", log=log
+    )
+    assert "resuming after step 24" in play(
+        1, recipe, *tiny, "max_steps=25", "log_samples=true", f"run_dir={run}", log=log
+    )
     assert read_result(run)["steps"] == 25
     other = start_ranks(2, recipe, *tiny, "max_steps=26", "optimizer.lr=3.0", f"run_dir={run}", log=log)
     assert other.wait() == [2, 2]
@@ -282,13 +306,15 @@ def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(tmp
     assert read_result(run)["steps"] == 25 and read_result(run)["status"] == "finished"
 
 
-def test_a_run_that_died_between_its_last_checkpoint_and_its_end_still_ends(tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]) -> None:
+def test_a_run_that_died_between_its_last_checkpoint_and_its_end_still_ends(
+    tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
+) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(tiny_runs[1], run)
     whole = read_result(run)
     (run / "result.json").write_text(json.dumps({**whole, "status": "running", "top1": None, "weights_sha256": None}))
     (run / "metrics.jsonl").open("a").write('{"kind": "train", "st')  # a line that the crash cut off
-    play(2, DEMO / "resnet50.yaml", *tiny, "max_steps=24", "ledger=true", f"run_dir={run}", log=log)
+    play(2, DEMO / "resnet50.yaml", *tiny, "max_steps=24", "log_samples=true", f"run_dir={run}", log=log)
     for key in ("status", "top1", "weights_sha256", "samples_hash"):
         assert read_result(run)[key] == whole[key]
     assert len(read_lines(run / "metrics.jsonl", "train")) == 24
@@ -301,7 +327,9 @@ def test_a_label_that_one_rank_alone_reads_is_told_by_that_rank(tmp_path: Path, 
     shutil.copytree(tiny[0].removeprefix("data.path="), folder)
     for file in folder.glob("*.parquet"):
         table = pq.read_table(file)
-        if file.name.startswith("train-00001"):  # only its last row group has a wrong label; statistics would tell at once
+        if file.name.startswith(
+            "train-00001"
+        ):  # only its last row group has a wrong label; statistics would tell at once
             labels = table["label"].to_pylist()
             table = table.set_column(1, "label", [[*labels[:-1], 10]])
         pq.write_table(table, file, row_group_size=50, write_statistics=False)
@@ -312,7 +340,9 @@ def test_a_label_that_one_rank_alone_reads_is_told_by_that_rank(tmp_path: Path, 
     assert read_result(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer(
+    tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
     copy = tmp_path / "recipes"
     shutil.copytree(DEMO, copy / "mine", ignore=shutil.ignore_patterns("results"))
     (copy / "mine/model.py").write_text(
@@ -330,9 +360,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer
         "    model.layer1[0].conv1 = conv\n"
         "    return model\n"
     )
-    ranks = start_ranks(1, copy / "mine/resnet50.yaml", *tiny, "model.name=spoiled", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log")
+    ranks = start_ranks(
+        1, copy / "mine/resnet50.yaml", *tiny, "model.name=spoiled", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log"
+    )
     assert ranks.wait() == [1]
-    assert "FloatingPointError: step 3: not finite or beyond range, first in output of layer layer1.0.conv1" in ranks.output
+    assert (
+        "FloatingPointError: step 3: not finite or beyond range, first in output of layer layer1.0.conv1"
+        in ranks.output
+    )
     result = read_result(tmp_path / "run")
     assert result["status"] == "failed" and result["steps"] == 2
 
@@ -343,7 +378,7 @@ def test_weights_that_not_all_processes_share_are_never_saved(tmp_path: Path, ti
     recipe.parent.mkdir(parents=True)
     recipe.write_text((DEMO / "resnet50.yaml").read_text())
     (recipe.parent / "model.py").write_text(
-        "import os\nfrom lars.optimizer import LARS\nright = LARS.step\n"
+        "import os\nfrom lars.optim.lars import LARS\nright = LARS.step\n"
         "def wrong(self, closure=None):\n"
         "    right(self, closure)\n"
         "    if os.environ.get('RANK') == '1': self.param_groups[0]['params'][0].data.view(-1)[0] *= 1 + 1e-6\n"
@@ -356,15 +391,21 @@ def test_weights_that_not_all_processes_share_are_never_saved(tmp_path: Path, ti
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository(processes: int, tmp_path: Path) -> None:
-    """`cp -r recipes/demo recipes/mine`, another timm model, another place, other overrides; one process without a launcher."""
+def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository(
+    processes: int, tmp_path: Path
+) -> None:
+    """`cp -r recipes/demo recipes/mine`, another timm model, place and overrides; one process without a launcher."""
     place = tmp_path / "elsewhere"
     for part in ("recipes/demo", "recipes/alexnet", "launch"):
         shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("results"))
     shutil.copytree(place / "recipes/demo", place / "recipes/mine")
     shutil.copy(ROOT / "recipes/train.py", place / "recipes/mine/train.py")
     recipe = place / "recipes/mine/resnet50.yaml"
-    text = recipe.read_text().replace("name: demo/resnet50", "name: mine/first").replace("  name: resnet50\n", "  name: mobilenetv3_small_050\n")
+    text = (
+        recipe.read_text()
+        .replace("name: demo/resnet50", "name: mine/first")
+        .replace("  name: resnet50\n", "  name: mobilenetv3_small_050\n")
+    )
     lines = [line if "kwargs:" not in line else "  kwargs: {}" for line in text.splitlines()]
     recipe.write_text("\n".join(lines) + "\n")
     command = launch_line(processes, recipe, ("max_steps=2", "seed=3", "global_batch=96", "bn_group=8", "trackers=[]"))
@@ -372,7 +413,14 @@ def test_a_copied_recipe_with_another_model_trains_from_a_copy_of_the_repository
     command[at] = str(place / "recipes/mine/train.py")
     if processes == 1:
         command = [sys.executable, *command[at:]]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    done = subprocess.run(
+        command,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((place / "runs/mine/first/seed-3/result.json").read_text())
     assert (result["status"], result["steps"], result["world_size"]) == ("finished", 2, processes)

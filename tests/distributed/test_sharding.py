@@ -1,4 +1,5 @@
 """Exact norms under real DeepSpeed engines and FSDP2 over gloo, against LARS in one process on the whole batch."""
+
 from __future__ import annotations
 
 import os
@@ -11,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import RANKS, ROOT, free_port
 from torch import nn
 
 import lars
-from conftest import RANKS, ROOT, free_port
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
@@ -181,8 +182,15 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
         config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     accumulation = config.get("gradient_accumulation_steps", 1)
     micro = BATCH // world // accumulation
-    config = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, **config}
-    engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=optimizer(net, several_groups, caffe), config=config)
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        **config,
+    }
+    engine, wrapped, _, _ = deepspeed.initialize(
+        model=net, optimizer=optimizer(net, several_groups, caffe), config=config
+    )
     counts = [0]
     states = []
     try:
@@ -213,7 +221,9 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
                 states.append({n: p.detach().clone() for n, p in names.items()})
         answer = {"states": states, "engine": type(engine.optimizer).__name__, "all_reduces": counts[0] / STEPS}
         if bind and config["zero_optimization"]["stage"]:
-            answer["layout"] = {n: w for p, w in _lars(wrapped).layout.gather(lambda t: t.detach()) for n, q in names.items() if p is q}
+            answer["layout"] = {
+                n: w for p, w in _lars(wrapped).layout.gather(lambda t: t.detach()) for n, q in names.items() if p is q
+            }
             _scatter_and_gather_again(_lars(wrapped))
     except lars.ShardingError as error:
         answer = {"refused": str(error)}
@@ -260,12 +270,16 @@ def _fsdp2_rank(rank: int, world: int, port: int, config: dict, several_groups: 
         rule.zero_grad()
         states.append({n: p.full_tensor().detach().clone() for n, p in net.named_parameters()})
     if rank == 0:
-        torch.save({"states": states, "engine": type(next(net.parameters())).__name__, "all_reduces": counts[0] / STEPS}, out)
+        torch.save(
+            {"states": states, "engine": type(next(net.parameters())).__name__, "all_reduces": counts[0] / STEPS}, out
+        )
     dist.destroy_process_group()
 
 
 def _join(rank: int, world: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), DS_ACCELERATOR="cpu")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), DS_ACCELERATOR="cpu"
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -277,10 +291,15 @@ def remove_shared_memory(port: int) -> None:
         left.unlink(missing_ok=True)
 
 
-def run(target, world: int, tmp_path: Path, config: dict | None = None, several_groups: bool = False, bind: bool = True) -> dict:
+def run(
+    target, world: int, tmp_path: Path, config: dict | None = None, several_groups: bool = False, bind: bool = True
+) -> dict:
     port = free_port()
     out = tmp_path / "answer.pt"
-    ranks = [RANKS.Process(target=target, args=(r, world, port, config or {}, several_groups, bind, str(out))) for r in range(world)]
+    ranks = [
+        RANKS.Process(target=target, args=(r, world, port, config or {}, several_groups, bind, str(out)))
+        for r in range(world)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -320,7 +339,9 @@ def test_the_caffe_forks_rule_is_exact_under_fsdp2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), 3])
 def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
-    assert "lars.bind" in run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}}, bind=False)["refused"]
+    assert (
+        "lars.bind" in run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}}, bind=False)["refused"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,7 +355,9 @@ def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
     ids=["round robin", "round robin, small buckets", "overlap", "stage 3, small buckets"],
 )
 def test_layouts(zero: dict, tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "gradient_accumulation_steps": 2}, several_groups=True)
+    answer = run(
+        _deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "gradient_accumulation_steps": 2}, several_groups=True
+    )
     assert worst(answer["states"], several_groups=True) <= 1
     for name, whole in answer["layout"].items():  # what checkpoints are made of
         assert torch.equal(whole.view_as(answer["states"][-1][name]), answer["states"][-1][name])
@@ -392,7 +415,8 @@ ALONE = """
 import os, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("accelerate", "timm", "datasets", "transformers", "omegaconf", "torchvision", "pyarrow"):
+        absent = ("accelerate", "timm", "datasets", "transformers", "omegaconf", "torchvision", "pyarrow")
+        if name.split(".")[0] in absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import torch, deepspeed, lars
@@ -405,9 +429,15 @@ x, y = torch.randn(6, 7, generator=torch.Generator().manual_seed(1)), torch.aran
 plain, net = model(), model()
 before = [p.detach().clone() for p in plain.parameters()]
 rule = lars.LARS(plain.parameters(), lr=10.0, weight_decay=1e-3)
-config = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}
+config = {
+    "train_micro_batch_size_per_gpu": 3,
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 2},
+}
 deepspeed.init_distributed("gloo")
-engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=lars.LARS(net.parameters(), lr=10.0, weight_decay=1e-3), config=config)
+inner = lars.LARS(net.parameters(), lr=10.0, weight_decay=1e-3)
+engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=inner, config=config)
 lars.bind(engine, optimizer)
 F.cross_entropy(plain(x), y).backward()
 rule.step()
@@ -427,7 +457,13 @@ print("EXACT")
 def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
     port = free_port()
-    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "alone.py")],

@@ -1,8 +1,8 @@
 """`make fuzz`: broken recipes, run folders, Parquet files and images, drawn at random for MINUTES.
 
 Each trial runs in a process of its own, from a seed that repeats it: `python -m tests.hostile.fuzz --trial folders:17`.
-A finding is a traceback, a hang, a process left behind, more memory than MOST_MEMORY, an error that is not one line, or a
-wrong success, which an oracle tells:
+A finding is a traceback, a hang, a process left behind, more memory than MOST_MEMORY, an error that is not one line, or
+a wrong success, which an oracle tells:
 
 - recipes: what was accepted is what a plain YAML parser reads from the same text;
 - folders: a run that goes on from a broken folder ends with the weights of an undisturbed one, and the tools that only
@@ -10,6 +10,7 @@ wrong success, which an oracle tells:
 - data: a run on a broken data set either stops or has the weights of one on the whole data;
 - images: pixels of the asked size, or BadImage.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,6 +30,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,34 @@ import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, ROOT, RANKS, tiny_overrides  # noqa: E402
+from conftest import DEMO, RANKS, ROOT, tiny_overrides
 
 MOST_SECONDS = 300  # of a trial, which takes seconds: what takes so long hangs
 MOST_MEMORY = 3 * 2**30  # bytes of a trial's process; an undisturbed one takes a third
 NASTY = [
-    "", " ", "null", "~", "true", "nan", ".inf", "-.inf", "-1", "0", "1e999", "1e-999", "99999999999999999999", "0x10", "1_000", "[]", "{}", "[[]]",
-    "{a: {b: {c: 1}}}", "${seed}", "${oc.env:HOME}", "${nowhere}", "!!python/object/apply:os.system [ls]", "&a [*a]", "\x00", "é" * 300, "../../x",
+    "", " ", "null", "~", "true", "nan", ".inf", "-.inf", "-1", "0", "1e999", "1e-999", "99999999999999999999", "0x10",
+    "1_000", "[]", "{}", "[[]]", "{a: {b: {c: 1}}}", "${seed}", "${oc.env:HOME}", "${nowhere}",
+    "!!python/object/apply:os.system [ls]", "&a [*a]", "\x00", "é" * 300, "../../x",
     "/dev/zero", "2024-01-01", "'", '"', "a: b: c", "- x", "%", "@", "\t",
 ]  # fmt: skip
-VALUES: list[Any] = [None, True, -1, 0, 1, 2.5, float("nan"), 10**30, "", "x", "../x", [], [1, "a"], {}, {"a": None}, "<script>alert(1)</script>"]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2.5,
+    float("nan"),
+    10**30,
+    "",
+    "x",
+    "../x",
+    [],
+    [1, "a"],
+    {},
+    {"a": None},
+    "<script>alert(1)</script>",
+]
 
 
 def mutated(data: bytes, dice: random.Random) -> bytes:
@@ -118,11 +138,15 @@ def in_order(status: int, told: str, allowed: tuple[int, ...]) -> str | None:
         return f"a traceback:\n{told[-3000:]}"
     if status not in allowed:
         return f"exit status {status}: {told[-1000:]}"
-    return None if (status in (0, 75)) == (not errors) and len(errors) <= 1 else f"exit status {status} with {len(errors)} error lines: {told[-1000:]}"
+    return (
+        None
+        if (status in (0, 75)) == (not errors) and len(errors) <= 1
+        else f"exit status {status} with {len(errors)} error lines: {told[-1000:]}"
+    )
 
 
 def recipes(dice: random.Random, stage: Path, folder: Path) -> str | None:
-    from lars import config
+    from lars.recipe import config
     from recipes.train import main
 
     file = folder / "recipe.yaml"
@@ -135,14 +159,18 @@ def recipes(dice: random.Random, stage: Path, folder: Path) -> str | None:
         keys = [*config.flatten(config.Recipe()), "lr", "model", "augment", "x.y", "model.kwargs.z"]
         overrides += [f"{dice.choice(keys)}={dice.choice(NASTY)}" for _ in range(dice.randint(1, 3))]
     file.write_text(text, errors="surrogateescape")
-    status, told = quietly(main, ["--config", str(file), "--check", "--processes", str(dice.choice((1, 2, 3, 0, -1))), *overrides])
+    status, told = quietly(
+        main, ["--config", str(file), "--check", "--processes", str(dice.choice((1, 2, 3, 0, -1))), *overrides]
+    )
     wrong = in_order(status, told, (0, 2))
     if wrong or status or len(overrides) > 1:
         return wrong
     plain, read = config.one_level(yaml.safe_load(text)), config.flatten(config.load(file, []))
     skipped = ("data.path", "run_dir")  # made absolute
     differ = [k for k, v in plain.items() if k not in skipped and "${" not in str(v) and read.get(k) != v]
-    differ = [k for k in differ if not (isinstance(read.get(k), (int, float, list)) and _number(plain[k]) == _number(read[k]))]
+    differ = [
+        k for k in differ if not (isinstance(read.get(k), (int, float, list)) and _number(plain[k]) == _number(read[k]))
+    ]
     return f"accepted with other values: {differ}" if differ else None
 
 
@@ -155,7 +183,8 @@ def _number(value: Any) -> Any:
 
 
 def folders(dice: random.Random, stage: Path, folder: Path) -> str | None:
-    from lars import ledger, report
+    from lars.commands import ledger
+    from lars.report import report
     from recipes.train import main
 
     run = folder / "run"
@@ -177,10 +206,19 @@ def folders(dice: random.Random, stage: Path, folder: Path) -> str | None:
         else:
             file.unlink(missing_ok=True)
             if kind == 5:
-                dice.choice((file.mkdir, lambda: file.symlink_to(file), lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero")))()
+                dice.choice(
+                    (
+                        file.mkdir,
+                        partial(file.symlink_to, file),
+                        partial(os.mkfifo, file),
+                        partial(file.symlink_to, "/dev/zero"),
+                    )
+                )()
     kept = folder / "kept"
     with contextlib.suppress(OSError, shutil.Error):
-        shutil.copytree(run, kept, symlinks=True, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_fifo()])
+        shutil.copytree(
+            run, kept, symlinks=True, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_fifo()]
+        )
     ledger.RECIPES = folder / "recipes"  # the ledger writes, and this repository's holds what was really trained
     (ledger.RECIPES / "demo").mkdir(parents=True)
     for tool, arguments in ((report.main, [str(kept)]), (ledger.main, [str(kept)])):
@@ -204,7 +242,9 @@ def data(dice: random.Random, stage: Path, folder: Path) -> str | None:
     file = dice.choice(sorted((folder / "data").glob("*.parquet")))
     file.write_bytes(mutated(file.read_bytes(), dice))
     arguments = [a for a in (stage / "arguments").read_text().splitlines() if not a.startswith("data.path=")]
-    status, told = quietly(main, [*arguments, f"data.path={folder / 'data'}", "max_steps=5", f"run_dir={folder / 'run'}"])
+    status, told = quietly(
+        main, [*arguments, f"data.path={folder / 'data'}", "max_steps=5", f"run_dir={folder / 'run'}"]
+    )
     wrong = in_order(status, told, (0, 1, 2))
     if not wrong and status == 0:
         ours = json.loads((folder / "run/result.json").read_text())
@@ -216,9 +256,9 @@ def data(dice: random.Random, stage: Path, folder: Path) -> str | None:
 def images(dice: random.Random, stage: Path, folder: Path) -> str | None:
     import numpy as np
 
-    from lars import config
     from lars.data.augment import draws_of, evaluation_image, training_image
     from lars.data.decode import BadImage
+    from lars.recipe import config
 
     augment = config.load(DEMO / "alexnet.yaml", []).augment
     seeds = sorted((stage / "images").iterdir())
@@ -226,7 +266,10 @@ def images(dice: random.Random, stage: Path, folder: Path) -> str | None:
         file = dice.choice(seeds)
         content = mutated(file.read_bytes(), dice)
         draws = draws_of(0, np.array([0]), np.array([number]))[0]
-        for look in (lambda: evaluation_image(content, augment, 67), lambda: training_image(content, augment, 67, draws)):
+        for look in (
+            partial(evaluation_image, content, augment, 67),
+            partial(training_image, content, augment, 67, draws),
+        ):
             try:
                 view = look()
             except BadImage:
@@ -242,17 +285,24 @@ KINDS = {kind.__name__: kind for kind in (recipes, folders, data, images)}
 
 
 def prepare(stage: Path) -> None:
-    """What is mutated: a small data set with content hashes, a run of it after two of three checkpoints, images of six formats."""
+    """What is mutated: a small data set with content hashes, a run of it after two of three checkpoints, images.
+
+    The images have six formats.
+    """
     import numpy as np
     from PIL import Image
 
-    from lars import convert
+    from lars.commands import convert
     from recipes.train import main
 
     (stage / "plain").mkdir()
     tiny = tiny_overrides(stage / "plain")
     quietly(convert.main, [str(stage / "plain"), str(stage / "data"), "--workers", "1"])
-    keys = (*(key for key in tiny if not key.startswith("data.path=")), f"data.path={stage / 'data'}", "checkpoint.every_steps=2")
+    keys = (
+        *(key for key in tiny if not key.startswith("data.path=")),
+        f"data.path={stage / 'data'}",
+        "checkpoint.every_steps=2",
+    )
     arguments = ["--config", str(DEMO / "resnet50.yaml"), *keys]
     (stage / "arguments").write_text("\n".join(arguments))
     for name, steps in (("run", 4), ("whole", 5)):
@@ -304,7 +354,11 @@ def trial(kind: str, seed: int, stage: Path) -> str | None:
         if left:
             return f"processes left behind: {left}"
         told = Path(folder) / "wrong"
-        return told.read_text() or None if told.exists() else f"it ended with {child.exitcode}: {(Path(folder) / 'output').read_text()[-1000:]}"
+        return (
+            told.read_text() or None
+            if told.exists()
+            else f"it ended with {child.exitcode}: {(Path(folder) / 'output').read_text()[-1000:]}"
+        )
 
 
 def _session(pid: int) -> int | None:
@@ -341,7 +395,10 @@ def main() -> int:
                 done[kind] += 1
             seed += 1
     told = ", ".join(f"{count} of {kind}" for kind, count in done.items())
-    print(f"{sum(done.values())} trials ({told}) in {(time.monotonic() - began) / 60:.1f} minutes, seeds from {args.first}: {findings} findings")
+    print(
+        f"{sum(done.values())} trials ({told}) in {(time.monotonic() - began) / 60:.1f} minutes, "
+        f"seeds from {args.first}: {findings} findings"
+    )
     return 1 if findings else 0
 
 

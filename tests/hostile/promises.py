@@ -2,6 +2,7 @@
 
 `python -m tests.hostile.promises` writes that page; `test_promises.py` compares it with the tests.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -14,11 +15,11 @@ import pytest
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "hostile.md"
-HEAD = """# What is promised against which input
-
-Each row is a test of `tests/hostile/`. "Refused" means one line on stderr that names the remedy, exit status 2, and nothing
-written or lost. `make test` runs all rows but those marked (long), which `make test-long` runs.
-"""
+HEAD = (
+    "# What is promised against which input\n\n"
+    'Each row is a test of `tests/hostile/`. "Refused" means one line on stderr that names the remedy, exit status 2, '
+    "and nothing\nwritten or lost. `make test` runs all rows but those marked (long), which `make test-long` runs.\n"
+)
 
 
 class Promise(NamedTuple):
@@ -61,11 +62,15 @@ def page() -> str:
         sys.path.insert(0, str(path))
     for file in sorted(HERE.glob("test_*.py")):
         importlib.import_module(file.stem)
-    rows = sorted(importlib.import_module("promises").PROMISES, key=lambda row: row.file)  # the tests import it by its name
+    rows = sorted(
+        importlib.import_module("promises").PROMISES, key=lambda row: row.file
+    )  # the tests import it by its name
     lines = [HEAD]
     for area in dict.fromkeys(promise.area for promise in rows):
         lines += [f"\n## {area}\n", "| given | promised |", "| --- | --- |"]
-        lines += [f"| {p.given}{' (long)' * p.long} | {p.promised} |".replace("\n", " ") for p in rows if p.area == area]
+        lines += [
+            f"| {p.given}{' (long)' * p.long} | {p.promised} |".replace("\n", " ") for p in rows if p.area == area
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,10 +2,12 @@
 
     python -m tests.hostile.reverts [words of a mend ...]
 
-`reverts/*.yaml` lists them: `mend` (what it is), `file`, `mended` and `broken` (a piece of that file, which stands there
-once, and what takes its place), `test` (a pytest node). Without the change the test must pass. An entry with `fuzz` (the
-kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find within MOST_MINUTES. The log is committed.
+`reverts/*.yaml` lists them: `mend` (what it is), `file`, `mended` and `broken` (a piece of that file, which stands
+there once, and what takes its place), `test` (a pytest node). Without the change the test must pass. An entry with
+`fuzz` (the kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find within MOST_MINUTES. The
+log is committed.
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -24,7 +26,9 @@ MOST_MINUTES = 15
 
 
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["torch", "timm", "accelerate", "datasets", "deepspeed", "pytest"])  # never lars, nor its tests
+CHILDREN.set_forkserver_preload(
+    ["torch", "timm", "accelerate", "datasets", "deepspeed", "pytest"]
+)  # never lars, nor its tests
 
 
 def run(mend: dict[str, str], tree: Path) -> int:
@@ -60,7 +64,11 @@ def passes(mend: dict[str, str], tree: Path, known: dict[str, bool]) -> bool:
 
 
 def main(words: list[str]) -> int:
-    mends = [mend for file in sorted(Path(__file__).parent.glob("reverts/*.yaml")) for mend in yaml.safe_load(file.read_text())]
+    mends = [
+        mend
+        for file in sorted(Path(__file__).parent.glob("reverts/*.yaml"))
+        for mend in yaml.safe_load(file.read_text())
+    ]
     chosen, bad, known = [m for m in mends if all(word in m["mend"] for word in words)], 0, {}
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "tree"

@@ -1,4 +1,5 @@
-"""`lars.convert`: no image is missing unseen, nothing of the user's is touched, and a mistake is one line."""
+"""`lars.commands.convert`: no image is missing unseen, nothing of the user's is touched, and a mistake is one line."""
+
 from __future__ import annotations
 
 import base64
@@ -22,11 +23,11 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 from blake3 import blake3
-
-from lars.convert import main
-from lars.lock import RunLock
 from promises import promised
 from test_convert import WNIDS, content, image, refusal, tar_of, write_devkit
+
+from lars.commands.convert import main
+from lars.run.lock import RunLock
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 PARQUET = ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet")
@@ -114,7 +115,7 @@ def two_validations(folder: Path) -> None:
 
 
 @promised(
-    "lars.convert: image folders",
+    "lars convert: image folders",
     ("a link that leads back up the tree", "refused: it would multiply the images", loop, "is a link"),
     ("a link to an image outside the tree", "refused", outside, "is a link"),
     ("a class folder that is a link to another one", "refused", linked_class, "is a link"),
@@ -152,7 +153,7 @@ def test_an_image_folder_that_is_not_one(
 
 
 @promised(
-    "lars.convert: image folders",
+    "lars convert: image folders",
     (
         "files that are no images by name, images beside the class folders",
         "left out and counted by kind; images and classes are printed for each split",
@@ -172,7 +173,7 @@ def test_what_is_left_out_is_counted(folder: Path, out: Path, capsys) -> None:
 
 
 @promised(
-    "lars.convert: image folders",
+    "lars convert: image folders",
     (
         "images without a header: empty files, damaged JPEGs, text",
         "kept, counted on stderr and named in content.json, after a second start too",
@@ -253,7 +254,7 @@ LONE = member("n01.tar", CLASS["n01.tar"])
 
 
 @promised(
-    "lars.convert: tar files",
+    "lars convert: tar files",
     (
         "a flipped bit in the header of the fourth of six images",
         "refused with the byte",
@@ -325,7 +326,7 @@ def ended_after(seconds: int) -> Iterator[None]:
 
 
 @promised(
-    "lars.convert: tar files",
+    "lars convert: tar files",
     (
         "a damaged header of a class in the outer tar",
         "refused with the byte",
@@ -356,7 +357,7 @@ def test_an_outer_tar_that_is_not_whole(outer: bytes, words: str, tmp_path: Path
 
 
 @promised(
-    "lars.convert: tar files",
+    "lars convert: tar files",
     (
         "hard links to images, and files that are no images by name",
         "a hard link is the image it names; the others are left out and counted",
@@ -379,7 +380,7 @@ def test_hard_links_in_a_tar_are_images(tmp_path: Path, out: Path, capsys) -> No
 
 
 @promised(
-    "lars.convert: validation labels",
+    "lars convert: validation labels",
     ("two labels for one image", "refused", b"a n01\nb n01\na n02\n", "gives a two labels"),
     (
         "labels of images that the tar has not",
@@ -401,7 +402,7 @@ def test_labels_that_do_not_fit(labels: bytes | None, words: str, tmp_path: Path
 
 
 @promised(
-    "lars.convert: validation labels",
+    "lars convert: validation labels",
     ("a devkit whose MATLAB file has another type of data", "refused", 0),
     ("a devkit whose MATLAB file is shorter than it says", "refused", 4),
     (
@@ -484,7 +485,7 @@ def a_file(at: Path) -> str:
 
 
 @promised(
-    "lars.convert: SOURCE",
+    "lars convert: SOURCE",
     (
         "SOURCE is empty, as an unset variable is",
         "refused: it is not the current folder",
@@ -536,7 +537,7 @@ ENDS_THE_READER = (
 
 
 @promised(
-    "lars.convert: SOURCE",
+    "lars convert: SOURCE",
     ("a Parquet file that aborts pyarrow", "refused: the footers are read in another process first"),
 )
 def test_a_parquet_file_that_aborts_its_reader(tmp_path: Path, out: Path) -> None:
@@ -552,7 +553,7 @@ def test_a_parquet_file_that_aborts_its_reader(tmp_path: Path, out: Path) -> Non
 
 
 @promised(
-    "lars.convert: OUT",
+    "lars convert: OUT",
     ("*.tmp and *.part of the user's in OUT and below, hidden or not", "never touched, nor any other file"),
 )
 def test_files_of_the_users_stay(folder: Path, out: Path) -> None:
@@ -637,7 +638,7 @@ def in_the_source(out: Path) -> Path:
 
 
 @promised(
-    "lars.convert: OUT",
+    "lars convert: OUT",
     ("OUT holds other files", "refused, nothing is touched", thesis, "is not empty and no conversion"),
     ("OUT holds one hidden file", "refused, nothing is touched", hidden, "is not empty and no conversion"),
     (
@@ -659,37 +660,37 @@ def in_the_source(out: Path) -> Path:
         r"out\udce9: the name is not UTF-8",
     ),
     ("OUT lies in a split of SOURCE", "refused: it would be a class", in_the_source, "lies in SOURCE"),
-    ("convert.json is no JSON", "refused", told("\0\1"), "convert.json is not what lars.convert wrote"),
-    ("convert.json is a list", "refused", told("[1]"), "convert.json is not what lars.convert wrote"),
+    ("convert.json is no JSON", "refused", told("\0\1"), "convert.json is not what lars convert wrote"),
+    ("convert.json is a list", "refused", told("[1]"), "convert.json is not what lars convert wrote"),
     (
         "convert.json is a number of 5,000 digits",
         "refused",
         told("9" * 5000),
-        "convert.json is not what lars.convert wrote",
+        "convert.json is not what lars convert wrote",
     ),
     (
         "convert.json is nested 100,000 deep",
         "refused",
         told("[" * 100_000),
-        "convert.json is not what lars.convert wrote",
+        "convert.json is not what lars convert wrote",
     ),
     (
         "convert.json of another program",
         "refused",
         told('{"name": "x"}'),
-        "convert.json is not what lars.convert wrote",
+        "convert.json is not what lars convert wrote",
     ),
     (
         "convert.json of a newer version",
         "refused",
         told('{"split": [], "form": 9}'),
-        "convert.json is not what lars.convert wrote",
+        "convert.json is not what lars convert wrote",
     ),
     (
         "convert.json with states of the wrong kind",
         "refused",
         told('{"split": [], "states": 3}'),
-        "not what lars.convert wrote",
+        "not what lars convert wrote",
     ),
     ("OUT/.convert is a link to a folder of the user's", "refused, nothing is touched", linked_work, "is a link"),
     arguments="make, words",
@@ -705,11 +706,11 @@ def test_an_out_that_is_none(
 
 
 @promised(
-    "lars.convert: OUT",
+    "lars convert: OUT",
     (
         "content.json with garbage, a list, a number in place of hashes",
         "refused",
-        "content.json is not what lars.convert wrote",
+        "content.json is not what lars convert wrote",
     ),
     ("a Parquet file that the conversion did not write", "refused, and it stays", "did not write"),
     arguments="words",
@@ -728,7 +729,7 @@ def test_other_files_in_a_conversion(words: str, folder: Path, out: Path, capsys
 
 
 @promised(
-    "lars.convert: OUT",
+    "lars convert: OUT",
     ("a file of OUT that is no whole Parquet file any more, or has names that are not UTF-8", "written again"),
 )
 def test_a_damaged_file_is_written_again(folder: Path, out: Path) -> None:
@@ -740,7 +741,7 @@ def test_a_damaged_file_is_written_again(folder: Path, out: Path) -> None:
     assert content(out) == whole
 
 
-@promised("lars.convert: OUT", ("OUT that another process is writing", "refused, and the other one goes on"))
+@promised("lars convert: OUT", ("OUT that another process is writing", "refused, and the other one goes on"))
 def test_one_process_writes_out(folder: Path, out: Path, capsys) -> None:
     lock, ended = RunLock(out / ".convert"), threading.Event()
     lock.acquire()
@@ -782,7 +783,7 @@ def originals(tmp_path: Path) -> Path:
 
 
 @promised(
-    "lars.convert: conversions of before",
+    "lars convert: conversions of before",
     ("a complete conversion of an older version", "its files stay, content.json is added"),
 )
 def test_a_complete_older_conversion_gets_its_hashes(folder: Path, out: Path) -> None:
@@ -794,7 +795,7 @@ def test_a_complete_older_conversion_gets_its_hashes(folder: Path, out: Path) ->
 
 
 @promised(
-    "lars.convert: conversions of before",
+    "lars convert: conversions of before",
     (
         "an unfinished conversion of images by an older version, or by another pyarrow",
         "refused, nothing is touched: its files would not be the same to the byte",
@@ -808,7 +809,7 @@ def test_an_unfinished_conversion_by_another_writer_is_refused(folder: Path, out
     (out / PARQUET[1]).unlink()
     for change, words in (
         (lambda: None, "begun with pyarrow 1.0"),
-        (lambda: made_older(out), "older version of lars.convert"),
+        (lambda: made_older(out), "older version of lars convert"),
     ):
         (out / "convert.json").write_text(json.dumps({**kept, "writer": "pyarrow 1.0"}))
         change()
@@ -818,7 +819,7 @@ def test_an_unfinished_conversion_by_another_writer_is_refused(folder: Path, out
 
 
 @promised(
-    "lars.convert: conversions of before",
+    "lars convert: conversions of before",
     ("an unfinished copy of Parquet files by an older version", "goes on with what had come"),
 )
 def test_an_unfinished_older_copy_goes_on(originals: Path, out: Path, monkeypatch) -> None:
@@ -853,7 +854,7 @@ def expected(file: Path) -> dict:
 
 
 @promised(
-    "lars.convert: what is written",
+    "lars convert: what is written",
     (
         "images, or Parquet files to copy",
         "content.json has the SHA-256 of each file and the BLAKE3 hash of each row group; `datasets` loads OUT with it",
@@ -873,7 +874,7 @@ def test_the_content_of_every_file_is_recorded(folder: Path, originals: Path, ou
 
 
 @promised(
-    "lars.convert: what is written",
+    "lars convert: what is written",
     (
         "a split whose files are in a folder of its name, as on the Hub's converted branches",
         "content.json names each by its path from OUT on",
@@ -889,7 +890,7 @@ def test_files_of_the_same_name_in_two_splits(originals: Path, out: Path) -> Non
 
 
 @promised(
-    "lars.convert: what is written",
+    "lars convert: what is written",
     (
         "a flipped bit in a page of a file that was written",
         "found by its page checksum; without damage the checksums change no row",
@@ -909,11 +910,11 @@ def test_pages_have_checksums(folder: Path, out: Path) -> None:
 
 
 @promised(
-    "lars.convert: what is written",
+    "lars convert: what is written",
     ("an image that is cut off after it was listed", "one line, exit status 1, and no file"),
 )
 def test_an_image_that_becomes_shorter(folder: Path, out: Path, capsys, monkeypatch) -> None:
-    from lars import convert
+    from lars.commands import convert
 
     listed = convert.image_folder
     monkeypatch.setattr(
@@ -925,11 +926,11 @@ def test_an_image_that_becomes_shorter(folder: Path, out: Path, capsys, monkeypa
 
 
 @promised(
-    "lars.convert: what is written",
+    "lars convert: what is written",
     ("an image that vanishes after it was listed", "one line that does not promise that a restart helps"),
 )
 def test_an_image_that_vanishes(folder: Path, out: Path, capsys, monkeypatch) -> None:
-    from lars import convert
+    from lars.commands import convert
 
     listed = convert.image_folder
     monkeypatch.setattr(convert, "image_folder", lambda *a: (listed(*a), (folder / "train/cat/train0.jpg").unlink())[0])

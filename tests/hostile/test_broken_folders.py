@@ -1,4 +1,5 @@
 """Run folders that are damaged, altered or a stranger's: report, ledger, tables, verify and a resume."""
+
 from __future__ import annotations
 
 import json
@@ -14,21 +15,27 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEMO, ROOT, play, start_ranks
+from data.server import serve
+from promises import promised
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import DEMO, ROOT, play, start_ranks
-from data.server import serve
-from lars import checkpoint, config, ledger, report, verify
-from lars.peers import Peers
-from lars.checkpoint import CheckpointWriter, State, saved
-from lars.config import Checkpoint, RecipeError
-from lars.mllog import seconds_to_target
-from lars.reading import is_name, read_bytes, read_config, read_lines, read_result
-from lars.resume import finished, resume
-from lars.run import RunFolder, _cut_back, source_sha256, sources
-from promises import promised
+from lars.commands import ledger, verify
+from lars.recipe import config
+from lars.recipe.keys import Checkpoint
+from lars.recipe.refusal import RecipeError
+from lars.report import report
+from lars.run import checkpoint
+from lars.run.checkpoint import State, saved
+from lars.run.checkpoint_writer import CheckpointWriter
+from lars.run.folder import RunFolder, _cut_back
+from lars.run.mllog import seconds_to_target
+from lars.run.peers import Peers
+from lars.run.reading import is_name, read_bytes, read_config, read_lines, read_result
+from lars.run.resume import finished, resume
+from lars.run.sources import source_sha256, sources
 
 COMMITTED = DEMO / "results" / "alexnet" / "seed-0"
 ONE_LINE = "refused by report, ledger and verify, which name the file"
@@ -106,13 +113,28 @@ ALTERED = [
     ("result.json of 10 GB", ONE_LINE, "result.json", sparse),
     *(
         (f"metrics.jsonl: a line `{line}`", ONE_LINE, "metrics.jsonl", with_line(line))
-        for line in ("5", "null", "[]", '"train"', "true", "NaN", "{", '{"kind": "train"}', '{"kind": "eval", "step": 1}')
+        for line in (
+            "5",
+            "null",
+            "[]",
+            '"train"',
+            "true",
+            "NaN",
+            "{",
+            '{"kind": "train"}',
+            '{"kind": "eval", "step": 1}',
+        )
     ),
     ("metrics.jsonl: a step as text", ONE_LINE, "metrics.jsonl", with_line(json.dumps({**LINE, "step": "1"}))),
     ("metrics.jsonl: a loss as a list", ONE_LINE, "metrics.jsonl", with_line(json.dumps({**LINE, "loss": [2.3]}))),
     ("metrics.jsonl: a loss of 1e300", ONE_LINE, "metrics.jsonl", with_line(json.dumps({**LINE, "loss": 1e300}))),
     ("metrics.jsonl: a rate of null", ONE_LINE, "metrics.jsonl", with_line(json.dumps({**LINE, "lr": None}))),
-    ("metrics.jsonl: ratios as a list", ONE_LINE, "metrics.jsonl", with_line('{"kind": "trust", "step": 1, "epoch": 1, "ratios": [1]}')),
+    (
+        "metrics.jsonl: ratios as a list",
+        ONE_LINE,
+        "metrics.jsonl",
+        with_line('{"kind": "trust", "step": 1, "epoch": 1, "ratios": [1]}'),
+    ),
     ("metrics.jsonl: a million zero bytes", ONE_LINE, "metrics.jsonl", with_line(bytes(1_000_000))),
     ("metrics.jsonl: a line of 100,000 nested lists", ONE_LINE, "metrics.jsonl", with_line("[" * 100_000)),
     ("metrics.jsonl of 10 GB", ONE_LINE, "metrics.jsonl", sparse),
@@ -121,14 +143,24 @@ ALTERED = [
     ("config.yaml: a list", ONE_LINE, "config.yaml", b"- a"),
     ("config.yaml: no YAML", ONE_LINE, "config.yaml", b"a: ["),
     ("config.yaml: bytes that are no text", ONE_LINE, "config.yaml", b"\xff\x00\x01"),
-    ("config.yaml: an object of Python", ONE_LINE, "config.yaml", with_keys("evil: !!python/object/apply:os.getpid []\n")),
+    (
+        "config.yaml: an object of Python",
+        ONE_LINE,
+        "config.yaml",
+        with_keys("evil: !!python/object/apply:os.getpid []\n"),
+    ),
     ("config.yaml: aliases that hold 2^40 texts", ONE_LINE, "config.yaml", with_keys(BOMB)),
     ("config.yaml: an alias", ONE_LINE, "config.yaml", with_keys("a: &a [x]\nb: *a\n")),
     ("config.yaml: 300 brackets in a text", ONE_LINE, "config.yaml", with_keys(f"a: '{'[' * 300}'\n")),
     ("config.yaml: 10,000 nested lists", ONE_LINE, "config.yaml", with_keys("a: " + "[" * 10_000 + "]" * 10_000)),
     ("config.yaml: a key that is no text", ONE_LINE, "config.yaml", with_keys("1: 2\n")),
     ("config.yaml: the 99th day of a month", ONE_LINE, "config.yaml", with_keys("day: 2001-99-99\n")),
-    ("config.yaml: a million keys", ONE_LINE, "config.yaml", with_keys("".join(f"k{n}: 1\n" for n in range(1_000_000)))),
+    (
+        "config.yaml: a million keys",
+        ONE_LINE,
+        "config.yaml",
+        with_keys("".join(f"k{n}: 1\n" for n in range(1_000_000))),
+    ),
     ("config.yaml of 17,000 bytes", ONE_LINE, "config.yaml", with_keys(f"a: {'x' * 17_000}\n")),
     ("config.yaml is a link to another file", ONE_LINE, "config.yaml", link),
 ]
@@ -136,7 +168,12 @@ ALTERED = [
 
 @promised("Altered run folders", *ALTERED, arguments="file, content")
 def test_an_altered_folder_is_one_line_of_every_command(
-    file: str, content: bytes | Callable, run: Path, ledger_of: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    file: str,
+    content: bytes | Callable,
+    run: Path,
+    ledger_of: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (run / file).unlink()
     (run / file).write_bytes(content) if isinstance(content, bytes) else content(run / file)
@@ -151,7 +188,10 @@ def test_an_altered_folder_is_one_line_of_every_command(
 
 @promised(
     "Altered run folders",
-    ("result.json without one of its keys, or with null there", "report shows what is left; ledger and verify refuse what they need"),
+    (
+        "result.json without one of its keys, or with null there",
+        "report shows what is left; ledger and verify refuse what they need",
+    ),
 )
 def test_a_key_that_is_missing_is_no_traceback(run: Path) -> None:
     whole = json.loads((COMMITTED / "result.json").read_text())
@@ -181,8 +221,19 @@ def test_a_claim_of_many_steps_costs_no_memory(run: Path) -> None:
     "Altered run folders",
     ("mllog.txt with events of every JSON type", "refused by report in one line"),
 )
-def test_a_mangled_log_of_mlperf_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for event in ("5", "[]", "null", "{", "{}", '{"key": [], "time_ms": 1}', '{"key": "run_stop", "time_ms": "x"}', "\xff"):
+def test_a_mangled_log_of_mlperf_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for event in (
+        "5",
+        "[]",
+        "null",
+        "{",
+        "{}",
+        '{"key": [], "time_ms": 1}',
+        '{"key": "run_stop", "time_ms": "x"}',
+        "\xff",
+    ):
         (run / "mllog.txt").write_text(f":::MLLOG {event}\n", encoding="latin-1")
         with pytest.raises(RecipeError, match="mllog.txt is damaged"):
             seconds_to_target(run)
@@ -260,7 +311,10 @@ def test_a_linked_plots_is_not_written_into(
 
 @promised(
     "Where report looks",
-    ("a stranger's plots/report.html that is a link to a file of mine", "my file stays, the page takes the link's place"),
+    (
+        "a stranger's plots/report.html that is a link to a file of mine",
+        "my file stays, the page takes the link's place",
+    ),
 )
 def test_a_linked_page_is_not_written_through(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "mine"
@@ -269,24 +323,34 @@ def test_a_linked_page_is_not_written_through(run: Path, tmp_path: Path, monkeyp
     for name in ("report.html", "curves.png"):
         (run / "plots" / name).symlink_to(mine)
     monkeypatch.setattr("sys.argv", ["report", str(run)])
-    assert report.main() == 0 and mine.read_text() == "mine" and (run / "plots/report.html").read_text().startswith("<!doctype")
+    assert (
+        report.main() == 0
+        and mine.read_text() == "mine"
+        and (run / "plots/report.html").read_text().startswith("<!doctype")
+    )
 
 
 SPY = """
 import os, sys
 LOG = os.open(os.environ["SPY_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-WATCHED = ("open", "import", "compile", "exec", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "pickle.find_class")
+WATCHED = (
+    "open", "import", "compile", "exec", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system",
+    "pickle.find_class",
+)
 TRACES = (os.environ["SPY_FOLDER"], os.environ["SPY_PORT"], "stranger")
 def spy(event, args):
     if event in WATCHED:
-        told = " ".join(getattr(arg, "co_filename", None) or str(arg)[:2000] for arg in args if not isinstance(arg, (bytes, list)))
+        told = " ".join(
+            getattr(arg, "co_filename", None) or str(arg)[:2000] for arg in args if not isinstance(arg, (bytes, list))
+        )
         if any(trace in told for trace in TRACES):
             os.write(LOG, f"{event} {told}\\n".replace("\\n", " ").encode(errors="replace") + b"\\n")
 sys.addaudithook(spy)
 """
 COMMANDS = """
 import json, sys
-from lars import ledger, report, tables, verify
+from lars.commands import ledger, tables, verify
+from lars.report import report
 said = {}
 for name, main in (("report", report.main), ("ledger", ledger.main), ("verify", verify.main)):
     for folder in sys.argv[1].split(","):
@@ -338,7 +402,9 @@ def spied_on(clone: Path, folder: Path, log: Path, port: str, *command: str) -> 
     (hook / "sitecustomize.py").write_text(SPY)
     spying = {"SPY_LOG": str(log), "SPY_FOLDER": str(folder), "SPY_PORT": port, "MY_SECRET": SECRET}
     where = {**os.environ, **spying, "PYTHONPATH": f"{hook}:{clone}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *command], cwd=clone, env=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=clone, env=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +417,16 @@ def spied(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], str
         strange_folder(strange / "named", address, "demo/alexnet")
         strange_folder(strange / "climbing", address, f"../../../{'../' * 20}{strange}/climbing/evil")
         strange_folder(strange / "asking", address, "demo/alexnet", width="${oc.env:MY_SECRET}")
-        strange_folder(strange / "loading", address, "demo/alexnet", pretrained=True, pretrained_cfg={"url": f"{address}/weights"})
+        strange_folder(
+            strange / "loading", address, "demo/alexnet", pretrained=True, pretrained_cfg={"url": f"{address}/weights"}
+        )
         verified = ("climbing", "asking", "loading")  # the other one would be trained
-        commands = COMMANDS.replace("for folder in sys.argv[1].split(\",\"):", "for folder in sys.argv[1].split(\",\")[name == 'verify':]:")
-        done = spied_on(clone, strange, base / "log", port, "-c", commands, ",".join(str(strange / n) for n in ("named", *verified)))
+        commands = COMMANDS.replace(
+            'for folder in sys.argv[1].split(","):', "for folder in sys.argv[1].split(\",\")[name == 'verify':]:"
+        )
+        done = spied_on(
+            clone, strange, base / "log", port, "-c", commands, ",".join(str(strange / n) for n in ("named", *verified))
+        )
     seen = (base / "log").read_text().splitlines()
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout.splitlines()[-1]), done.stdout, seen, requests, clone
@@ -365,7 +437,11 @@ DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt")
 
 @promised(
     "A stranger's run folder",
-    ("a model.py, train.py or yaml.py in it", "never executed, compiled or imported, by report, ledger, tables or verify", "execute"),
+    (
+        "a model.py, train.py or yaml.py in it",
+        "never executed, compiled or imported, by report, ledger, tables or verify",
+        "execute",
+    ),
     ("other files of it, checkpoints among them", "never opened: only its configuration, result and logs", "open"),
     ("`${oc.env:...}` anywhere in its config.yaml", "never resolved: the variable appears nowhere", "resolve"),
     ("addresses in its config.yaml, result.json and sources.json", "never contacted", "contact"),
@@ -373,15 +449,24 @@ DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt")
 )
 def test_a_strangers_folder_is_data(what: str, spied: tuple[dict[str, int], str, list[str], list[str], Path]) -> None:
     statuses, output, seen, requests, clone = spied
-    assert len(statuses) == 12 and any(line.startswith("open ") for line in seen), (statuses, output)  # the hook was there
+    assert len(statuses) == 12 and any(line.startswith("open ") for line in seen), (
+        statuses,
+        output,
+    )  # the hook was there
     if what == "execute":
-        started = [line for line in seen if line.split()[0] in ("import", "compile", "exec", "subprocess.Popen", "os.system", "pickle.find_class")]
+        started = [
+            line
+            for line in seen
+            if line.split()[0] in ("import", "compile", "exec", "subprocess.Popen", "os.system", "pickle.find_class")
+        ]
         assert not started and not list(clone.parent.rglob("executed"))
     if what == "open":
         opened = {line.split()[1] for line in seen if line.startswith("open ")}
         assert all(Path(path).name in DATA_FILES or "/plots/" in path for path in opened), opened
     if what == "resolve":
-        written = "".join(p.read_text() for p in clone.parent.rglob("*.html")) + "".join(p.read_text() for p in clone.rglob("recipes/**/*.yaml"))
+        written = "".join(p.read_text() for p in clone.parent.rglob("*.html")) + "".join(
+            p.read_text() for p in clone.rglob("recipes/**/*.yaml")
+        )
         assert "<!doctype" in written and SECRET not in output + written
     if what == "contact":
         assert not requests and not [line for line in seen if line.startswith("socket")]
@@ -389,7 +474,12 @@ def test_a_strangers_folder_is_data(what: str, spied: tuple[dict[str, int], str,
 
 @promised(
     "A stranger's run folder",
-    ("a recipe's name that leads out of recipes/", "no expectation, no entry of the ledger, refused by verify", "climbing", 2),
+    (
+        "a recipe's name that leads out of recipes/",
+        "no expectation, no entry of the ledger, refused by verify",
+        "climbing",
+        2,
+    ),
     ("an interpolation among what verify takes from a run", "refused by verify", "asking", 2),
     ("arguments of a model by which timm loads weights", "refused by verify", "loading", 2),
     arguments="folder, status",
@@ -398,12 +488,20 @@ def test_verify_takes_code_recipe_and_data_from_here(folder: str, status: int, s
     statuses, output, *_, clone = spied
     assert statuses[f"verify {folder}"] == status and "--recipe" in output
     assert statuses[f"ledger {folder}"] == (2 if folder == "climbing" else 0)
-    assert not is_name(f"../{folder}") and not is_name(f"demo/../{folder}") and not is_name("/demo/alexnet") and is_name("demo/alexnet")
+    assert (
+        not is_name(f"../{folder}")
+        and not is_name(f"demo/../{folder}")
+        and not is_name("/demo/alexnet")
+        and is_name("demo/alexnet")
+    )
 
 
 @promised(
     "A stranger's run folder",
-    ("a recipe's name that leads to forged results outside recipes/", "no name of a recipe: expects nothing, no entry, not verified"),
+    (
+        "a recipe's name that leads to forged results outside recipes/",
+        "no name of a recipe: expects nothing, no entry, not verified",
+    ),
 )
 def test_a_recipe_out_of_recipes_is_not_taken(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -419,12 +517,19 @@ def test_a_recipe_out_of_recipes_is_not_taken(
         verify._recipe_of(run, {"recipe": "../evil"})
     monkeypatch.setattr("sys.argv", ["ledger", str(run)])
     (run / "result.json").write_bytes(changed(recipe="demo/../../../mine"))
-    assert ledger.main() == 2 and "it names 'demo/../../../mine'" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+    assert (
+        ledger.main() == 2
+        and "it names 'demo/../../../mine'" in capsys.readouterr().err
+        and not (tmp_path / "mine").exists()
+    )
 
 
 @promised(
     "A stranger's run folder",
-    ("its data's address, interpolations, addresses of weights in its config.yaml", "not among what verify takes from it"),
+    (
+        "its data's address, interpolations, addresses of weights in its config.yaml",
+        "not among what verify takes from it",
+    ),
 )
 def test_what_could_name_something_is_not_taken(run: Path) -> None:
     def taken(section: str, **keys: Any) -> list[str]:
@@ -435,7 +540,12 @@ def test_what_could_name_something_is_not_taken(run: Path) -> None:
 
     assert taken("data", path="http://stranger.invalid/${oc.env:MY_SECRET}", revision="evil") == []
     assert taken("kwargs", width=0.25) == ['model.kwargs={"width": 0.25, "image_size": 67}']
-    for keys in ({"width": "${oc.env:HOME}"}, {"pretrained": True}, {"checkpoint_path": "evil"}, {"weights": "http://stranger.invalid"}):
+    for keys in (
+        {"width": "${oc.env:HOME}"},
+        {"pretrained": True},
+        {"checkpoint_path": "evil"},
+        {"weights": "http://stranger.invalid"},
+    ):
         with pytest.raises(RecipeError, match="model.kwargs is not taken from a run folder"):
             taken("kwargs", **keys)
     with pytest.raises(RecipeError, match="data.train_split is not taken"):
@@ -444,7 +554,10 @@ def test_what_could_name_something_is_not_taken(run: Path) -> None:
 
 @promised(
     "A stranger's run folder",
-    ("verify of one that names a recipe of mine, data at an address of his", "trains my recipe on my data, says so, contacts nobody"),
+    (
+        "verify of one that names a recipe of mine, data at an address of his",
+        "trains my recipe on my data, says so, contacts nobody",
+    ),
     long=True,
 )
 def test_verify_trains_what_is_here(tmp_path: Path) -> None:
@@ -452,7 +565,20 @@ def test_verify_trains_what_is_here(tmp_path: Path) -> None:
     with serve(tmp_path) as (address, requests):
         folder = strange_folder(tmp_path / "strange/named", address, "demo/alexnet")
         port = address.rpartition(":")[2]
-        done = spied_on(clone, folder.parent, tmp_path / "log", port, "-m", "lars.verify", str(folder), "--steps", "2", "--launch", "cpu-1", "trackers=[]")
+        done = spied_on(
+            clone,
+            folder.parent,
+            tmp_path / "log",
+            port,
+            "-m",
+            "lars.commands.verify",
+            str(folder),
+            "--steps",
+            "2",
+            "--launch",
+            "cpu-1",
+            "trackers=[]",
+        )
     seen = (tmp_path / "log").read_text().splitlines()
     assert "recipes/demo/alexnet.yaml, its code and its data are those of this machine" in done.stdout, done.stdout
     assert "the first 2 of 208 steps" in done.stdout and SECRET not in done.stdout
@@ -489,7 +615,11 @@ def write(run: Path, *steps: int, keep: int = 2, may_write: Callable[[], None] =
     """Checkpoints of `net`, by one writer."""
     writer, model = CheckpointWriter(run, Checkpoint(keep=keep), may_write), net()
     for step in steps:
-        writer.save(state_of(step, model), model.state_dict(), {n: torch.full_like(p, step) for n, p in model.named_parameters()})
+        writer.save(
+            state_of(step, model),
+            model.state_dict(),
+            {n: torch.full_like(p, step) for n, p in model.named_parameters()},
+        )
     writer.wait()
     return writer
 
@@ -497,9 +627,9 @@ def write(run: Path, *steps: int, keep: int = 2, may_write: Callable[[], None] =
 def seal(place: Path, **keys: Any) -> None:
     """Give an altered checkpoint the right hashes again."""
     state = json.loads((place / "state.json").read_text())
-    state["files"] = {name: checkpoint._sha256(place / name) for name in state["files"]}
+    state["files"] = {name: checkpoint.sha256(place / name) for name in state["files"]}
     (place / "state.json").write_text(json.dumps({**state, **keys}))
-    (place / "state.sha256").write_text(checkpoint._sha256(place / "state.json"))
+    (place / "state.sha256").write_text(checkpoint.sha256(place / "state.json"))
 
 
 def go_on(run: Path, model: nn.Module | None = None) -> tuple[State | None, dict[str, torch.Tensor]]:
@@ -521,16 +651,46 @@ ALTERED_BY_HAND = "refused, and the tensor is named: no disk did that"
 
 @promised(
     "Altered checkpoints whose hashes are right",
-    ("weights in bf16", ALTERED_BY_HAND, edit(MODEL, lambda t: t.update({"0.weight": t["0.weight"].bfloat16()})), "weight 0.weight"),
+    (
+        "weights in bf16",
+        ALTERED_BY_HAND,
+        edit(MODEL, lambda t: t.update({"0.weight": t["0.weight"].bfloat16()})),
+        "weight 0.weight",
+    ),
     ("a weight more", ALTERED_BY_HAND, edit(MODEL, lambda t: t.update(more=torch.ones(1))), "weight more"),
     ("a weight less", ALTERED_BY_HAND, edit(MODEL, lambda t: t.pop("2.weight")), "weight 2.weight"),
-    ("a running mean of another shape", ALTERED_BY_HAND, edit(MODEL, lambda t: t.update({"1.running_mean": torch.ones(1)})), "weight 1.running_mean"),
-    ("a counter as a float", ALTERED_BY_HAND, edit(MODEL, lambda t: t.update({"1.num_batches_tracked": torch.tensor(1.0)})), "weight 1.num_batches"),
+    (
+        "a running mean of another shape",
+        ALTERED_BY_HAND,
+        edit(MODEL, lambda t: t.update({"1.running_mean": torch.ones(1)})),
+        "weight 1.running_mean",
+    ),
+    (
+        "a counter as a float",
+        ALTERED_BY_HAND,
+        edit(MODEL, lambda t: t.update({"1.num_batches_tracked": torch.tensor(1.0)})),
+        "weight 1.num_batches",
+    ),
     ("a velocity that is missing", ALTERED_BY_HAND, edit(MOMENTUM, lambda t: t.pop("0.bias")), "velocity 0.bias"),
     ("no velocity at all", ALTERED_BY_HAND, edit(MOMENTUM, lambda t: t.clear()), "velocity 0.bias"),
-    ("a velocity of a shape that would be repeated", ALTERED_BY_HAND, edit(MOMENTUM, lambda t: t.update({"0.weight": torch.ones(1)})), "velocity 0.weight"),
-    ("velocities in float64", ALTERED_BY_HAND, edit(MOMENTUM, lambda t: t.update({"0.bias": t["0.bias"].double()})), "velocity 0.bias"),
-    ("a velocity of nothing", ALTERED_BY_HAND, edit(MOMENTUM, lambda t: t.update(nothing=torch.ones(1))), "velocity nothing"),
+    (
+        "a velocity of a shape that would be repeated",
+        ALTERED_BY_HAND,
+        edit(MOMENTUM, lambda t: t.update({"0.weight": torch.ones(1)})),
+        "velocity 0.weight",
+    ),
+    (
+        "velocities in float64",
+        ALTERED_BY_HAND,
+        edit(MOMENTUM, lambda t: t.update({"0.bias": t["0.bias"].double()})),
+        "velocity 0.bias",
+    ),
+    (
+        "a velocity of nothing",
+        ALTERED_BY_HAND,
+        edit(MOMENTUM, lambda t: t.update(nothing=torch.ones(1))),
+        "velocity nothing",
+    ),
     ("a file that is no safetensors", ALTERED_BY_HAND, lambda place: (place / MODEL).write_bytes(bytes(99)), "eader"),
     arguments="alter, named",
 )
@@ -581,7 +741,9 @@ PASSED_OVER = "damaged: passed over with a warning, the one before is taken"
     ("a key that no run writes", PASSED_OVER, {"evil": 1}),
     arguments="keys",
 )
-def test_a_state_that_contradicts_itself_is_passed_over(keys: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_that_contradicts_itself_is_passed_over(
+    keys: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, 1, 2)
     seal(saved(tmp_path)[-1], **keys)
     with caplog.at_level(logging.WARNING):
@@ -594,7 +756,7 @@ def state_is(content: bytes) -> Callable[[Path], None]:
 
     def apply(place: Path) -> None:
         (place / "state.json").write_bytes(content)
-        (place / "state.sha256").write_text(checkpoint._sha256(place / "state.json"))
+        (place / "state.sha256").write_text(checkpoint.sha256(place / "state.json"))
 
     return apply
 
@@ -615,7 +777,10 @@ def beside(file: Path) -> None:
 
 @promised(
     "Damaged checkpoints",
-    *((f"state.json: `{text}`", PASSED_OVER, state_is(text.encode())) for text in ("5", "[]", "null", '"step"', "{", "{}", "true")),
+    *(
+        (f"state.json: `{text}`", PASSED_OVER, state_is(text.encode()))
+        for text in ("5", "[]", "null", '"step"', "{", "{}", "true")
+    ),
     ("state.json: 100,000 nested lists", PASSED_OVER, state_is(b"[" * 100_000)),
     ("state.json: bytes that are no text", PASSED_OVER, state_is(b"\xff\x00")),
     ("state.json of 10 GB", PASSED_OVER, replace("state.json", sparse)),
@@ -651,7 +816,10 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path: Path, caplog: pytest.Log
         with caplog.at_level(logging.WARNING):
             write(tmp_path, 2)
         assert [p.name for p in saved(tmp_path)] == ["step-00000001", "step-00000002"] and go_on(tmp_path)[0].step == 2
-        assert checkpoint._damage(tmp_path / "checkpoints/damaged-step-00000002") and "it is kept as damaged-step-00000002" in caplog.text
+        assert (
+            checkpoint.damage(tmp_path / "checkpoints/damaged-step-00000002")
+            and "it is kept as damaged-step-00000002" in caplog.text
+        )
 
 
 @promised(
@@ -677,12 +845,17 @@ def test_a_folder_of_another_name_stays(tmp_path: Path) -> None:
     write(tmp_path, 1)
     shutil.copytree(saved(tmp_path)[0], tmp_path / "checkpoints/step-best")
     write(tmp_path, 2, 3, keep=1)
-    assert [p.name for p in saved(tmp_path)] == ["step-00000003"] and (tmp_path / "checkpoints/step-best" / MODEL).is_file()
+    assert [p.name for p in saved(tmp_path)] == ["step-00000003"] and (
+        tmp_path / "checkpoints/step-best" / MODEL
+    ).is_file()
 
 
 @promised(
     "Damaged checkpoints",
-    ("one that is another thing on the disk than was written", "an event like a full disk: told, put aside, and nothing older is removed"),
+    (
+        "one that is another thing on the disk than was written",
+        "an event like a full disk: told, put aside, and nothing older is removed",
+    ),
 )
 def test_a_checkpoint_that_does_not_read_back_removes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, 1, 2)
@@ -693,9 +866,14 @@ def test_a_checkpoint_that_does_not_read_back_removes_nothing(tmp_path: Path, ca
 
     with caplog.at_level(logging.WARNING):
         writer = write(tmp_path, 3, keep=1, may_write=disk_loses_a_bit)
-    assert "step 3 could not be written, the one before stays: it does not read back" in caplog.text and "going on" in caplog.text
+    assert (
+        "step 3 could not be written, the one before stays: it does not read back" in caplog.text
+        and "going on" in caplog.text
+    )
     assert [p.name for p in saved(tmp_path)] == ["step-00000001", "step-00000002"] and go_on(tmp_path)[0].step == 2
-    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000002\n" and (tmp_path / "checkpoints/damaged-step-00000003").is_dir()
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000002\n" and (
+        tmp_path / "checkpoints/damaged-step-00000003"
+    ).is_dir()
     with pytest.raises(OSError, match="step 3"):
         writer.wait(needed=True)
 
@@ -704,9 +882,13 @@ def test_a_checkpoint_that_does_not_read_back_removes_nothing(tmp_path: Path, ca
     "Damaged checkpoints",
     ("one whose files hold other tensors than memory did when it was hashed", "an event likewise"),
 )
-def test_what_was_hashed_is_what_memory_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_hashed_is_what_memory_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A file system that spoils a file while it is written cannot be made here, so a writer that does stands for it."""
-    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, file: save_file({n: t * 2 for n, t in tensors.items()}, file))
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda tensors, file: save_file({n: t * 2 for n, t in tensors.items()}, file)
+    )
     with caplog.at_level(logging.WARNING):
         write(tmp_path, 1)
     assert "safetensors holds other tensors" in caplog.text and saved(tmp_path) == []
@@ -736,18 +918,21 @@ class HalfUsed(nn.Module):
 
 @promised(
     "Damaged checkpoints",
-    ("a layer that never has a gradient", "its velocity is 0 in the checkpoint, so that the run resumes and a missing one is told"),
+    (
+        "a layer that never has a gradient",
+        "its velocity is 0 in the checkpoint, so that the run resumes and a missing one is told",
+    ),
 )
 def test_a_layer_without_a_gradient_has_a_velocity(tmp_path: Path) -> None:
-    from lars.engine_plain import Engine
-    from lars.optimizer import LARS
+    from lars.engine.plain import Plain
+    from lars.optim.lars import LARS
 
-    engine, model = Engine.__new__(Engine), HalfUsed()
+    engine, model = Plain.__new__(Plain), HalfUsed()
     engine.model, engine.optimizer = model, LARS([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    assert engine.momentum() == {}
+    assert engine.optimizer_state() == {}
     model.used(torch.ones(1, 2)).sum().backward()
     engine.optimizer.step()
-    momentum = engine.momentum()
+    momentum = engine.optimizer_state()
     assert set(momentum) == {f"{layer}.{kind}" for layer in ("used", "unused") for kind in ("weight", "bias")}
     assert not momentum["unused.weight"].any() and momentum["used.weight"].any()
     writer = CheckpointWriter(tmp_path, Checkpoint())
@@ -765,7 +950,9 @@ def ended(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def start_again(run: Path, tiny: tuple[str, ...], *overrides: str) -> tuple[int, str]:
-    ranks = start_ranks(1, DEMO / "resnet50.yaml", *tiny, "max_steps=2", f"run_dir={run}", *overrides, log=run.parent / "log")
+    ranks = start_ranks(
+        1, DEMO / "resnet50.yaml", *tiny, "max_steps=2", f"run_dir={run}", *overrides, log=run.parent / "log"
+    )
     return ranks.wait()[0], ranks.output
 
 
@@ -788,10 +975,14 @@ def test_other_sources_are_told(ended: Path, tiny: tuple[str, ...], tmp_path: Pa
     assert "already finished after 2 steps" in (said := start_again(ended, tiny)[1]) and "other sources" not in said
     run = shutil.copytree(ended, tmp_path / "run")
     then = json.loads((run / "sources.json").read_text())
-    (run / "sources.json").write_text(json.dumps({**then, "lars/optimizer.py": "0"}))
+    (run / "sources.json").write_text(json.dumps({**then, "lars/optim/lars.py": "0"}))
     (run / "result.json").write_text(json.dumps({**read_result(run), "source_sha256": "0" * 64}))
     status, said = start_again(run, tiny)
-    assert status == 0 and "already finished after 2 steps" in said and "these have changed since: lars/optimizer.py" in said
+    assert (
+        status == 0
+        and "already finished after 2 steps" in said
+        and "these have changed since: lars/optim/lars.py" in said
+    )
 
 
 @promised(
@@ -847,7 +1038,9 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
 
 
 def garbage_lines(run: Path) -> None:
-    (run / "metrics.jsonl").write_bytes(b'5\n[]\nnull\n"x"\n{}\n{"step": "1"}\n\xff\n' + (run / "metrics.jsonl").read_bytes())
+    (run / "metrics.jsonl").write_bytes(
+        b'5\n[]\nnull\n"x"\n{}\n{"step": "1"}\n\xff\n' + (run / "metrics.jsonl").read_bytes()
+    )
 
 
 def altered_velocity(run: Path) -> None:
@@ -858,12 +1051,42 @@ def altered_velocity(run: Path) -> None:
 
 @promised(
     "A run folder that is resumed",
-    ("metrics.jsonl with lines of every JSON type", "goes on; they are dropped, which is said", garbage_lines, 0, "7 damaged lines are dropped"),
+    (
+        "metrics.jsonl with lines of every JSON type",
+        "goes on; they are dropped, which is said",
+        garbage_lines,
+        0,
+        "7 damaged lines are dropped",
+    ),
     ("result.json: `[]`", "refused", lambda run: (run / "result.json").write_text("[]"), 2, "result.json is damaged"),
-    ("metrics.jsonl is a folder", "refused", lambda run: replace("metrics.jsonl", Path.mkdir)(run), 2, "metrics.jsonl cannot be read"),
-    ("sources.json is a folder", "refused", lambda run: replace("sources.json", Path.mkdir)(run), 2, "cannot be written"),
-    ("config.yaml is a folder", "refused", lambda run: replace("config.yaml", Path.mkdir)(run), 2, "config.yaml cannot be read"),
-    ("a checkpoint without one of its velocities", "refused", altered_velocity, 2, "does not fit the model (velocity fc.bias)"),
+    (
+        "metrics.jsonl is a folder",
+        "refused",
+        lambda run: replace("metrics.jsonl", Path.mkdir)(run),
+        2,
+        "metrics.jsonl cannot be read",
+    ),
+    (
+        "sources.json is a folder",
+        "refused",
+        lambda run: replace("sources.json", Path.mkdir)(run),
+        2,
+        "cannot be written",
+    ),
+    (
+        "config.yaml is a folder",
+        "refused",
+        lambda run: replace("config.yaml", Path.mkdir)(run),
+        2,
+        "config.yaml cannot be read",
+    ),
+    (
+        "a checkpoint without one of its velocities",
+        "refused",
+        altered_velocity,
+        2,
+        "does not fit the model (velocity fc.bias)",
+    ),
     arguments="alter, status, words",
 )
 def test_a_resume_on_an_altered_folder(
@@ -876,7 +1099,9 @@ def test_a_resume_on_an_altered_folder(
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == (status == 2)
 
 
-@promised("A run folder that is resumed", ("a short file where a long one is allowed", "takes the memory of its own length"))
+@promised(
+    "A run folder that is resumed", ("a short file where a long one is allowed", "takes the memory of its own length")
+)
 def test_a_short_file_takes_little_memory(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert read_bytes(tmp_path / "metrics.jsonl", most=1 << 50) == b"{}\n"

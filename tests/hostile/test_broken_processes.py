@@ -1,4 +1,5 @@
 """Signals, suspension, closed output, full disks, wrong launchers: real processes, and real signals to them."""
+
 from __future__ import annotations
 
 import json
@@ -17,20 +18,27 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from conftest import DEMO, RANKS, ROOT, Ranks, launch_line, play, start_ranks
 from promises import promised
 
-from conftest import DEMO, RANKS, ROOT, Ranks, launch_line, play, start_ranks
-from lars import checkpoint, config, peers, reproduce
-from lars.check import check_room
-from lars.config import RecipeError
-from lars.run import read_lines, read_result
-from lars.signals import StopRequest
-from lars.watchdog import Watchdog
+from lars.commands import reproduce
+from lars.commands.preflight import check_room
+from lars.recipe import config
+from lars.recipe.refusal import RecipeError
+from lars.run import checkpoint, peers
+from lars.run.reading import read_lines, read_result
+from lars.run.signals import StopRequest
+from lars.run.watchdog import Watchdog
 from recipes.train import main
 
 RECIPE = DEMO / "resnet50.yaml"
 SIX = {
-    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
 }
 
 
@@ -60,14 +68,23 @@ def family(ranks: Ranks) -> list[psutil.Process]:
 def assert_the_same_run(run: Path, control: Path) -> None:
     ours, theirs = read_result(run), read_result(control)
     assert ours["status"] == "finished" and ours["weights_sha256"] == theirs["weights_sha256"]
-    lines, expected = ([{**line, "images_per_second": 0} for line in read_lines(r / "metrics.jsonl")] for r in (run, control))
+    lines, expected = (
+        [{**line, "images_per_second": 0} for line in read_lines(r / "metrics.jsonl")] for r in (run, control)
+    )
     assert lines == expected
 
 
-# --- suspended, hanging -------------------------------------------------------------------------------------------------
+# --- suspended, hanging -----------------------------------------------------------------------------------------------
 
 
-@promised("Processes", ("a suspended run: SIGSTOP to all its processes for longer than `runtime.hang_seconds`, then SIGCONT", "goes on, to the same hash"), long=True)
+@promised(
+    "Processes",
+    (
+        "a suspended run: SIGSTOP to all its processes for longer than `runtime.hang_seconds`, then SIGCONT",
+        "goes on, to the same hash",
+    ),
+    long=True,
+)
 def test_suspended(tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = (*tiny, "max_steps=24", "runtime.hang_seconds=4", "data.retry_seconds=2", f"run_dir={run}")
@@ -96,9 +113,19 @@ class Exchange:
         return [self.signs[key] for key in keys]
 
 
-@promised("Processes", ("two processes that stand still, at unequal numbers of passes", "the one that is behind in its own share is named"))
+@promised(
+    "Processes",
+    (
+        "two processes that stand still, at unequal numbers of passes",
+        "the one that is behind in its own share is named",
+    ),
+)
 def test_the_one_behind() -> None:
-    watchdog = Watchdog(SimpleNamespace(processes=1, rank=0, name=str, leads_node=True), SimpleNamespace(hang_seconds=600, compile=False), print)
+    watchdog = Watchdog(
+        SimpleNamespace(processes=1, rank=0, name=str, leads_node=True),
+        SimpleNamespace(hang_seconds=600, compile=False),
+        print,
+    )
     watchdog.end()
     watchdog.peers.processes, watchdog.store = 2, Exchange('[9, 4, 2, ""]')
     watchdog.at(4, 3)
@@ -106,12 +133,24 @@ def test_the_one_behind() -> None:
     assert "rank 1 of 2 came no further than step 5, pass 2" in watchdog._behind()
 
 
-@promised("Processes", ("a process that plays its passes after those of another", "counts what it has done of its own share, so it is not behind from the first pass on"))
+@promised(
+    "Processes",
+    (
+        "a process that plays its passes after those of another",
+        "counts what it has done of its own share, so it is not behind from the first pass on",
+    ),
+)
 def test_places_are_of_the_own_share(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    ranks = start_ranks(2, RECIPE, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log", first=tell_places)
+    ranks = start_ranks(
+        2, RECIPE, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log", first=tell_places
+    )
     assert ranks.wait() == [0, 0], ranks.output
-    places = {rank: [line for line in ranks.output.splitlines() if line.startswith(f"rank {rank} at ")] for rank in (0, 1)}
-    assert [line.split(" at ")[1] for line in places[0][:7]] == [line.split(" at ")[1] for line in places[1][:7]], places
+    places = {
+        rank: [line for line in ranks.output.splitlines() if line.startswith(f"rank {rank} at ")] for rank in (0, 1)
+    }
+    assert [line.split(" at ")[1] for line in places[0][:7]] == [line.split(" at ")[1] for line in places[1][:7]], (
+        places
+    )
     assert places[0][0] == "rank 0 at (0, 0)"
 
 
@@ -127,14 +166,18 @@ def tell_places() -> None:
 
 @promised(
     "Processes",
-    ("a decoding process that is stopped, in a run of one process", "named; the run saves its last step and ends as failed", "decoding"),
+    (
+        "a decoding process that is stopped, in a run of one process",
+        "named; the run saves its last step and ends as failed",
+        "decoding",
+    ),
     ("a reading process that is stopped, in a run of one process", "likewise", "reading"),
     arguments="role",
     long=True,
 )
 def test_a_loader_stands_still(role: str, tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    keys = (*tiny, "max_steps=24", "data.workers=1", "ledger=true", f"run_dir={run}")
+    keys = (*tiny, "max_steps=24", "data.workers=1", "log_samples=true", f"run_dir={run}")
     hang = ("runtime.hang_seconds=9", "data.retry_seconds=1")
     ranks = start_ranks(1, RECIPE, *keys, *hang, log=tmp_path / "log")
     wait_until(lambda: steps(run) >= 1)
@@ -142,7 +185,10 @@ def test_a_loader_stands_still(role: str, tiny: tuple[str, ...], tiny_runs: dict
     children[0 if role == "reading" else 1].suspend()  # the reader is forked first
     assert ranks.wait(60) == [1], ranks.output
     result = read_result(run)
-    assert len(errors(ranks)) == 1 and f"{role} process {children[role != 'reading'].pid} (stopped) stands still" in errors(ranks)[0], ranks.output
+    assert (
+        len(errors(ranks)) == 1
+        and f"{role} process {children[role != 'reading'].pid} (stopped) stands still" in errors(ranks)[0]
+    ), ranks.output
     assert result["status"] == "failed" and result["error"] in errors(ranks)[0]
     assert (run / f"checkpoints/step-{steps(run):08d}").is_dir() and not any(child.is_running() for child in children)
     play(1, RECIPE, *keys, log=tmp_path / "log")
@@ -150,26 +196,47 @@ def test_a_loader_stands_still(role: str, tiny: tuple[str, ...], tiny_runs: dict
 
 
 def stands_in_a_pass() -> None:
-    from lars.engine_plain import Engine
+    from lars.engine.plain import Engine
 
     forward = Engine.forward
-    Engine.forward = lambda self, images, labels, step, index: time.sleep(90 * (step == 1)) or forward(self, images, labels, step, index)
+    Engine.forward = lambda self, images, labels, step, index: (
+        time.sleep(90 * (step == 1)) or forward(self, images, labels, step, index)
+    )
 
 
-@promised("Processes", ("a single process that stands still in a pass", "ends as failed after `runtime.hang_seconds`, with the step in the error"))
+@promised(
+    "Processes",
+    (
+        "a single process that stands still in a pass",
+        "ends as failed after `runtime.hang_seconds`, with the step in the error",
+    ),
+)
 def test_one_process_has_a_watchdog(tiny: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = (*tiny, "runtime.hang_seconds=3", "data.retry_seconds=1", f"run_dir={run}")
     ranks = start_ranks(1, RECIPE, *keys, log=tmp_path / "log", first=stands_in_a_pass)
     assert ranks.wait(70) == [1], ranks.output
-    assert len(errors(ranks)) == 1 and "no process has moved for 3 s; rank 0 of 1 came no further than step 2, pass 0" in errors(ranks)[0]
+    assert (
+        len(errors(ranks)) == 1
+        and "no process has moved for 3 s; rank 0 of 1 came no further than step 2, pass 0" in errors(ranks)[0]
+    )
     assert read_result(run)["status"] == "failed" and read_result(run)["error"] in errors(ranks)[0]
 
 
-@promised("Processes", ("`runtime.compile=true`, and a first step that takes longer than `runtime.hang_seconds`", "compilation is not counted as hanging; a later step is"))
+@promised(
+    "Processes",
+    (
+        "`runtime.compile=true`, and a first step that takes longer than `runtime.hang_seconds`",
+        "compilation is not counted as hanging; a later step is",
+    ),
+)
 def test_compilation() -> None:
     said: list[str] = []
-    watchdog = Watchdog(SimpleNamespace(processes=1, rank=0, name=str, leads_node=True), SimpleNamespace(hang_seconds=0.4, compile=True), print)
+    watchdog = Watchdog(
+        SimpleNamespace(processes=1, rank=0, name=str, leads_node=True),
+        SimpleNamespace(hang_seconds=0.4, compile=True),
+        print,
+    )
     watchdog._complain = said.append
     watchdog.at(7, 0)
     ticks = watchdog.ticks
@@ -181,7 +248,7 @@ def test_compilation() -> None:
     assert "step 9, pass 0" in said[0]
 
 
-# --- signals ------------------------------------------------------------------------------------------------------------
+# --- signals ----------------------------------------------------------------------------------------------------------
 
 
 def at_a_terminal() -> None:
@@ -192,7 +259,7 @@ def at_a_terminal() -> None:
 
 def slow_passes() -> None:
     at_a_terminal()
-    from lars.engine_plain import Engine
+    from lars.engine.plain import Engine
 
     forward = Engine.forward
 
@@ -205,7 +272,12 @@ def slow_passes() -> None:
 
 @promised(
     "Processes",
-    ("Ctrl-C (SIGINT) in a run of one process", "the last finished step is saved, exit status 75, one line", signal.SIGINT, 1),
+    (
+        "Ctrl-C (SIGINT) in a run of one process",
+        "the last finished step is saved, exit status 75, one line",
+        signal.SIGINT,
+        1,
+    ),
     ("a closed terminal (SIGHUP), to one of two processes", "likewise, on both", signal.SIGHUP, 2),
     arguments="number, processes",
 )
@@ -215,7 +287,9 @@ def test_a_signal_saves(number: int, processes: int, tiny: tuple[str, ...], tmp_
     wait_until(lambda: steps(run) >= 1)
     os.kill(ranks.processes[-1].pid, number)
     assert ranks.wait() == [75] * processes, ranks.output
-    assert "Traceback" not in ranks.output and ranks.output.count("stopped by a signal after step 1;") == 1, ranks.output
+    assert "Traceback" not in ranks.output and ranks.output.count("stopped by a signal after step 1;") == 1, (
+        ranks.output
+    )
     assert read_result(run)["status"] == "preempted" and (run / "checkpoints/step-00000001").is_dir()
 
 
@@ -228,8 +302,8 @@ def request(ready: Path, ignored: bool) -> None:
     stop = StopRequest(None)
     ready.touch()
     while not ready.with_suffix(".end").exists():
-        if stop.asked:
-            ready.with_suffix(".asked").touch()
+        if stop.requested():
+            ready.with_suffix(".requested").touch()
         time.sleep(0.05)
 
 
@@ -237,10 +311,16 @@ def requesting(tmp_path: Path, ignored: bool) -> tuple[RANKS.Process, Path]:
     process = RANKS.Process(target=request, args=(tmp_path / "run", ignored))
     process.start()
     wait_until((tmp_path / "run").exists)
-    return process, tmp_path / "run.asked"
+    return process, tmp_path / "run.requested"
 
 
-@promised("Processes", ("a second Ctrl-C", "ends the run at once; one that comes within a second of the first is the launcher's echo and does not"))
+@promised(
+    "Processes",
+    (
+        "a second Ctrl-C",
+        "ends the run at once; one that comes within a second of the first is the launcher's echo and does not",
+    ),
+)
 def test_a_second_interrupt(tmp_path: Path) -> None:
     process, asked = requesting(tmp_path, ignored=False)
     os.kill(process.pid, signal.SIGINT)
@@ -266,15 +346,28 @@ def test_an_ignored_signal(number: int, tmp_path: Path) -> None:
     assert process.exitcode == 0 and not asked.exists()
 
 
-@promised("Processes", ("Ctrl-C or a closed terminal, which reach a run's whole process group", "its loader's processes leave them to the run"))
+@promised(
+    "Processes",
+    (
+        "Ctrl-C or a closed terminal, which reach a run's whole process group",
+        "its loader's processes leave them to the run",
+    ),
+)
 def test_children_ignore_signals(tmp_path: Path) -> None:
     from lars.data.forked import fork
 
     child = fork(lambda: (tmp_path / "there").touch() or time.sleep(60))
     try:
         wait_until((tmp_path / "there").exists)
-        ignored = int(next(line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("SigIgn")).split()[1], 16)
-        assert all(ignored >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1))
+        ignored = int(
+            next(
+                line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("SigIgn")
+            ).split()[1],
+            16,
+        )
+        assert all(
+            ignored >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+        )
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -282,13 +375,26 @@ def test_children_ignore_signals(tmp_path: Path) -> None:
 
 @promised("Processes", ("Ctrl-C before training, where there is nothing to save", "ends at once, without a traceback"))
 def test_interrupted_before_training() -> None:
-    line = "import os, signal; from lars.signals import interrupts_end_at_once as end; end(); os.kill(os.getpid(), signal.SIGINT); print('on')"
-    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, preexec_fn=at_a_terminal)
+    line = (
+        "import os, signal; from lars.run.signals import interrupts_end_at_once as end; end(); "
+        "os.kill(os.getpid(), signal.SIGINT); print('on')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, preexec_fn=at_a_terminal
+    )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def launcher_lines(tiny: tuple[str, ...]) -> dict[str, list[str]]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "recipes/train.py")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "recipes/train.py"),
+    ]
     return {
         "accelerate 1": launch_line(1, RECIPE, tiny),
         "accelerate 2": launch_line(2, RECIPE, tiny),
@@ -309,7 +415,9 @@ def test_interrupt_of_a_process_group(launcher: str, tiny: tuple[str, ...], tmp_
     line = launcher_lines((*tiny, f"run_dir={run}"))[launcher]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=at_a_terminal)
+        process = subprocess.Popen(
+            line, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=at_a_terminal
+        )
     try:
         wait_until(lambda: steps(run) >= 1, seconds=300)
         ranks = psutil.Process(process.pid).children(recursive=True)
@@ -323,7 +431,7 @@ def test_interrupt_of_a_process_group(launcher: str, tiny: tuple[str, ...], tmp_
     assert (tmp_path / "log").read_text().count("stopped by a signal after step") == 1
 
 
-# --- closed output ------------------------------------------------------------------------------------------------------
+# --- closed output ----------------------------------------------------------------------------------------------------
 
 
 def broken_pipe() -> None:
@@ -353,7 +461,7 @@ def test_closed_output(first: Callable[[], None], tiny: tuple[str, ...], tmp_pat
 
 
 def missing_descriptors(tmp_path: Path) -> None:
-    from lars.progress import outlive_output
+    from lars.run.progress import outlive_output
 
     os.close(0)
     no_output()
@@ -386,7 +494,7 @@ def test_closed_output_of_a_shell(words: str, tiny: tuple[str, ...], tmp_path: P
     assert read_result(tmp_path / "run")["status"] == "finished"
 
 
-# --- full disks ---------------------------------------------------------------------------------------------------------
+# --- full disks -------------------------------------------------------------------------------------------------------
 
 
 def small_disk(folder: Path, size: str) -> None:
@@ -411,18 +519,34 @@ DISK = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
 
 @DISK
-@promised("Processes", ("a disk without room for `checkpoint.keep` + 1 checkpoints", "refused before training, with both numbers; nothing is written"))
+@promised(
+    "Processes",
+    (
+        "a disk without room for `checkpoint.keep` + 1 checkpoints",
+        "refused before training, with both numbers; nothing is written",
+    ),
+)
 def test_no_room(tiny: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     first = partial(small_disk, tmp_path / "disk", "2m")
     ranks = start_ranks(1, RECIPE, *tiny, f"run_dir={tmp_path / 'disk/run'}", log=tmp_path / "log", first=first)
     assert ranks.wait() == [2], ranks.output
-    assert len(errors(ranks)) == 1 and "has room for 2 MiB, but 3 checkpoints (checkpoint.keep=2" in errors(ranks)[0], ranks.output
+    assert len(errors(ranks)) == 1 and "has room for 2 MiB, but 3 checkpoints (checkpoint.keep=2" in errors(ranks)[0], (
+        ranks.output
+    )
 
 
-@promised("Processes", ("a disk that is full when a finished run, or one with its checkpoints, is started again", "what is there counts: no refusal"))
-def test_room_counts_what_is_there(tiny_runs: dict[int, Path], tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lars.engine import build_model
+@promised(
+    "Processes",
+    (
+        "a disk that is full when a finished run, or one with its checkpoints, is started again",
+        "what is there counts: no refusal",
+    ),
+)
+def test_room_counts_what_is_there(
+    tiny_runs: dict[int, Path], tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lars.engine.build import build_model
 
     model = build_model(config.load(RECIPE, list(tiny)))[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
@@ -437,7 +561,10 @@ def test_room_counts_what_is_there(tiny_runs: dict[int, Path], tiny: tuple[str, 
 
 
 def fill(folder: Path, size: str, free_again: bool) -> None:
-    """A disk that somebody else fills after the second step, before the first checkpoint, and clears once the run has met it."""
+    """A disk that somebody else fills after the second step, before the first checkpoint.
+
+    It is cleared once the run has met it.
+    """
     from recipes.train import Training
 
     small_disk(folder, size)
@@ -471,14 +598,22 @@ def copy_out(folder: Path, target: Path, size: str, free_again: bool) -> None:
 @DISK
 @promised(
     "Processes",
-    ("a disk that fills up during a run and has room again later", "the run goes on; no line of its files is lost; the status is written", True),
-    ("a disk that fills up during a run, before the first checkpoint, and stays full", "ends with one line that says so, exit status 1", False),
+    (
+        "a disk that fills up during a run and has room again later",
+        "the run goes on; no line of its files is lost; the status is written",
+        True,
+    ),
+    (
+        "a disk that fills up during a run, before the first checkpoint, and stays full",
+        "ends with one line that says so, exit status 1",
+        False,
+    ),
     arguments="free_again",
     long=True,
 )
 def test_a_disk_fills_up(free_again: bool, tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    keys = (*tiny, "max_steps=24", "ledger=true", f"run_dir={tmp_path / 'disk/run'}")
+    keys = (*tiny, "max_steps=24", "log_samples=true", f"run_dir={tmp_path / 'disk/run'}")
     first = partial(copy_out, tmp_path / "disk", tmp_path / "copy", "12m", free_again)
     ranks = start_ranks(1, RECIPE, *keys, log=tmp_path / "log", first=first)
     statuses = ranks.wait()
@@ -492,7 +627,10 @@ def test_a_disk_fills_up(free_again: bool, tiny: tuple[str, ...], tiny_runs: dic
         assert "could not be written, and there is none before it" in errors(ranks)[0] and "space" in errors(ranks)[0]
 
 
-@promised("Processes", ("a line that the disk takes only in part", "is written whole once there is room, never in the middle of another"))
+@promised(
+    "Processes",
+    ("a line that the disk takes only in part", "is written whole once there is room, never in the middle of another"),
+)
 def test_half_a_line(tmp_path: Path) -> None:
     process = RANKS.Process(target=limited, args=(tmp_path,))
     process.start()
@@ -507,19 +645,21 @@ def limited(folder: Path) -> None:
     """A limit of the file size stands for a full disk: a write is cut off there, and the next one fails."""
     import resource
 
-    from lars.run import RunFolder
+    from lars.run.folder import RunFolder
 
     run = RunFolder(config.load(RECIPE, [f"run_dir={folder / 'run'}"]), writes=True)
     run.lock.acquire()
     run.result = {"heartbeat": None}
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for step in range(12):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000 if 2 < step < 8 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (4000 if 2 < step < 8 else resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
         run.log("train", words="a" * 900, step=step)
     run.end("finished")
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------------
+# --- launchers --------------------------------------------------------------------------------------------------------
 
 
 @promised(
@@ -532,12 +672,29 @@ def limited(folder: Path) -> None:
     ("WORLD_SIZE=0", "refused", {**SIX, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
     ("MASTER_PORT=0", "refused", {**SIX, "MASTER_PORT": "0"}, "MASTER_PORT=0 of the launcher is no port"),
     ("MASTER_PORT=70000", "refused", {**SIX, "MASTER_PORT": "70000"}, "from 1 to 65535"),
-    ("a MASTER_ADDR that does not resolve", "refused after 30 seconds", {**SIX, "MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR=no.such.host.invalid"),
-    ("a MASTER_PORT that another program holds, on rank 0", "refused", {**SIX, "MASTER_PORT": "taken"}, "address already in use"),
-    ("a program that never answers at MASTER_PORT, on another rank", "refused after a minute", {**SIX, "RANK": "1", "MASTER_PORT": "taken"}, "does not answer"),
+    (
+        "a MASTER_ADDR that does not resolve",
+        "refused after 30 seconds",
+        {**SIX, "MASTER_ADDR": "no.such.host.invalid"},
+        "MASTER_ADDR=no.such.host.invalid",
+    ),
+    (
+        "a MASTER_PORT that another program holds, on rank 0",
+        "refused",
+        {**SIX, "MASTER_PORT": "taken"},
+        "address already in use",
+    ),
+    (
+        "a program that never answers at MASTER_PORT, on another rank",
+        "refused after a minute",
+        {**SIX, "RANK": "1", "MASTER_PORT": "taken"},
+        "does not answer",
+    ),
     arguments="variables, words",
 )
-def test_wrong_variables(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_variables(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(peers, "_UNKNOWN", 1)
     monkeypatch.setattr(peers, "_MUTE", 2)
     monkeypatch.setattr(peers, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
@@ -557,22 +714,29 @@ def test_wrong_variables(variables: dict[str, str], words: str, monkeypatch: pyt
 def fewer_gpus() -> None:
     """Rank 1's node has lost a GPU; the others train on a CPU, since there is no GPU here."""
     if os.environ["RANK"] == "1":
-        from lars import launched
+        from lars.recipe import launched
 
         launched.uses_cpu = lambda environment: False
 
 
-@promised("Launchers", ("fewer GPUs than processes on one node of several", "refused on all of them at once, with that node's name"))
+@promised(
+    "Launchers",
+    ("fewer GPUs than processes on one node of several", "refused on all of them at once, with that node's name"),
+)
 def test_a_node_with_fewer_gpus(tiny: tuple[str, ...], tmp_path: Path) -> None:
     ranks = start_ranks(3, RECIPE, *tiny, f"run_dir={tmp_path / 'run'}", log=tmp_path / "log", first=fewer_gpus)
     assert ranks.wait(60) == [2, 2, 2], ranks.output
-    assert len(errors(ranks)) == 1 and "rank 1 on " in errors(ranks)[0] and "3 processes on this machine share 0 GPUs" in errors(ranks)[0]
+    assert (
+        len(errors(ranks)) == 1
+        and "rank 1 on " in errors(ranks)[0]
+        and "3 processes on this machine share 0 GPUs" in errors(ranks)[0]
+    )
     assert not (tmp_path / "run").exists()
 
 
 @promised("Processes", ("a finished run that is started again", "says that it is finished, not that it resumes"))
 def test_finished_first(tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path) -> None:
-    said = play(1, RECIPE, *tiny, "max_steps=24", "ledger=true", f"run_dir={tiny_runs[1]}", log=tmp_path / "log")
+    said = play(1, RECIPE, *tiny, "max_steps=24", "log_samples=true", f"run_dir={tiny_runs[1]}", log=tmp_path / "log")
     assert "already finished after 24 steps" in said and "resuming" not in said
 
 
@@ -580,18 +744,23 @@ def fails(run: Path) -> list[str]:
     """A launcher's run that has failed, and thirty lines of the launcher."""
     code = (
         "import json, pathlib, sys, time; run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True)\n"
-        "(run / 'result.json').write_text(json.dumps({'status': 'failed', 'error': 'a decoder is gone', 'heartbeat': time.time()}))\n"
+        "failed = {'status': 'failed', 'error': 'a decoder is gone', 'heartbeat': time.time()}\n"
+        "(run / 'result.json').write_text(json.dumps(failed))\n"
         "sys.exit('of the launcher\\n' * 30)"
     )
     return ["accelerate", "-c", code, str(run)]
 
 
-@promised("Launchers", ("an error in a run that `make reproduce-*` has started", "stands last, after the launcher's lines"))
+@promised(
+    "Launchers", ("an error in a run that `make reproduce-*` has started", "stands last, after the launcher's lines")
+)
 def test_our_error_stands_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "run"
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reproduce, "launch_command", lambda *rest: fails(run))
-    monkeypatch.setattr(reproduce, "start", lambda command: subprocess.Popen([sys.executable, *command[1:]], stderr=subprocess.DEVNULL))
+    monkeypatch.setattr(
+        reproduce, "start", lambda command: subprocess.Popen([sys.executable, *command[1:]], stderr=subprocess.DEVNULL)
+    )
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *check, **how: SimpleNamespace(returncode=0))
     monkeypatch.setattr(reproduce, "report", lambda *rest: False)
     monkeypatch.setattr(sys, "argv", ["reproduce", str(RECIPE), f"run_dir={run}"])

@@ -1,4 +1,5 @@
-"""Data that are not what they seem: changed, replaced, damaged, larger inside than outside, or from a server that plays tricks."""
+"""Data that are not what they seem: changed, replaced, damaged, larger inside than outside, or from a tricky server."""
+
 from __future__ import annotations
 
 import base64
@@ -18,32 +19,40 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 from blake3 import blake3
-from promises import promised
-
 from conftest import DEMO, play, start_ranks
 from data.server import serve
-from lars import config
-from lars.check import check
-from lars.config import Recipe, RecipeError
+from promises import promised
+
+from lars.commands.preflight import preflight
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line, evaluation_batches
 from lars.data.reader import Reader
 from lars.data.source import DataError, Source
-from lars.run import read_result
+from lars.recipe import config
+from lars.recipe.keys import Recipe
+from lars.recipe.refusal import RecipeError
+from lars.run.reading import read_result
 
 RECIPE = DEMO / "resnet50.yaml"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def images_of(rows: int) -> list[dict]:
-    return pq.read_table(DEMO / "data/train-00000-of-00005.parquet", columns=["image"]).slice(0, rows)["image"].to_pylist()
+    return (
+        pq.read_table(DEMO / "data/train-00000-of-00005.parquet", columns=["image"]).slice(0, rows)["image"].to_pylist()
+    )
 
 
 def write(folder: Path, images: list | None = None, labels: list | None = None, rows: int = 20, **how) -> Path:
     """Both splits of a small data set, plain and uncompressed, row groups of 10."""
     images = images_of(rows) if images is None else images
     labels = [i % 10 for i in range(len(images))] if labels is None else labels
-    table = pa.table({"image": images if isinstance(images, pa.Array) else pa.array(images, IMAGE), "label": pa.array(labels, pa.int64())})
+    table = pa.table(
+        {
+            "image": images if isinstance(images, pa.Array) else pa.array(images, IMAGE),
+            "label": pa.array(labels, pa.int64()),
+        }
+    )
     for split in ("train", "validation"):
         folder.mkdir(exist_ok=True)
         how = {"compression": "none", "use_dictionary": False, "row_group_size": 10, **how}
@@ -84,8 +93,20 @@ def in_a_loader(index: Index, recipe: Recipe) -> None:
 
 
 def keys_of(folder: Path) -> tuple[str, ...]:
-    small = ("model.kwargs.layers=[1,1,1,1]", "global_batch=96", "bn_group=4", "runtime.micro_batch=48", "data.workers=1")
-    return (f"data.path={folder / 'data'}", *small, "runtime.portable=false", "trackers=[]", f"run_dir={folder / 'run'}")
+    small = (
+        "model.kwargs.layers=[1,1,1,1]",
+        "global_batch=96",
+        "bn_group=4",
+        "runtime.micro_batch=48",
+        "data.workers=1",
+    )
+    return (
+        f"data.path={folder / 'data'}",
+        *small,
+        "runtime.portable=false",
+        "trackers=[]",
+        f"run_dir={folder / 'run'}",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +118,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The content of row groups ---------------------------------------------------------------------------------------------
+# The content of row groups --------------------------------------------------------------------------------------------
 
 
 @promised(
     "Data",
     ("labels permuted in place between two starts, at 1 process", "the resume stops and names file and row group", 1),
-    ("labels permuted in place between two starts, at 2 processes", "the resume stops, names file and row group, and goes on once they are back", 2),
+    (
+        "labels permuted in place between two starts, at 2 processes",
+        "the resume stops, names file and row group, and goes on once they are back",
+        2,
+    ),
     arguments="processes",
 )
 def test_a_resume_on_other_labels_stops(processes: int, tmp_path: Path, trained: Path) -> None:
@@ -114,19 +139,35 @@ def test_a_resume_on_other_labels_stops(processes: int, tmp_path: Path, trained:
     ranks = start_ranks(processes, RECIPE, *keys_of(tmp_path), "max_steps=3", log=tmp_path / "log")
     assert ranks.wait() == [1] * processes, ranks.output
     errors = [line for line in ranks.output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "row group 1 of" in errors[0] and "train-0.parquet has other bytes than when it was read before" in errors[0]
+    assert (
+        len(errors) == 1
+        and "row group 1 of" in errors[0]
+        and "train-0.parquet has other bytes than when it was read before" in errors[0]
+    )
     assert "Traceback" not in ranks.output
     stopped = read_result(tmp_path / "run")
-    assert stopped["status"] == "failed" and stopped["steps"] == 2 and (tmp_path / "run/checkpoints/step-00000002").is_dir()
+    assert (
+        stopped["status"] == "failed"
+        and stopped["steps"] == 2
+        and (tmp_path / "run/checkpoints/step-00000002").is_dir()
+    )
     assert stopped["data_fingerprint"] == before["data_fingerprint"]
     if processes == 2:
         changed.write_bytes(whole)
         play(1, RECIPE, *keys_of(tmp_path), "max_steps=3", log=tmp_path / "log")
         after = read_result(tmp_path / "run")
-        assert after["status"] == "finished" and before["content_fingerprint"] == after["content_fingerprint"] is not None
+        assert (
+            after["status"] == "finished" and before["content_fingerprint"] == after["content_fingerprint"] is not None
+        )
 
 
-@promised("Data", ("two nodes with equal footers and other labels", "the run stops before the next checkpoint and names both nodes and the row group"))
+@promised(
+    "Data",
+    (
+        "two nodes with equal footers and other labels",
+        "the run stops before the next checkpoint and names both nodes and the row group",
+    ),
+)
 def test_nodes_with_other_bytes_are_named(tmp_path: Path) -> None:
     for rank in "01":
         (tmp_path / rank).mkdir()
@@ -136,7 +177,12 @@ def test_nodes_with_other_bytes_are_named(tmp_path: Path) -> None:
     ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", first=_Homes(str(tmp_path)))
     assert ranks.wait() == [1, 1], ranks.output
     errors = [line for line in ranks.output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "row group 0 of" in errors[0] and "for rank 1 on" in errors[0] and "than for rank 0 on" in errors[0], ranks.output
+    assert (
+        len(errors) == 1
+        and "row group 0 of" in errors[0]
+        and "for rank 1 on" in errors[0]
+        and "than for rank 0 on" in errors[0]
+    ), ranks.output
 
 
 class _Homes:
@@ -149,7 +195,10 @@ class _Homes:
         os.environ["HOME"] = f"{self.folder}/{os.environ['RANK']}"
 
 
-@promised("Data", ("a row group that changes under a run without a trace in size or time", "it is found when it is read again"))
+@promised(
+    "Data",
+    ("a row group that changes under a run without a trace in size or time", "it is found when it is read again"),
+)
 def test_bytes_that_change_between_two_reads(tmp_path: Path) -> None:
     recipe = load(write(tmp_path / "data"))
     _, index = build_indexes(recipe.data, 10)
@@ -162,7 +211,7 @@ def test_bytes_that_change_between_two_reads(tmp_path: Path) -> None:
 
 
 def declare(folder: Path, **changes: object) -> Path:
-    """What `lars.convert` writes beside its files."""
+    """What `lars.commands.convert` writes beside its files."""
     files = {}
     for file in sorted(folder.glob("*.parquet")):
         metadata, content = pq.read_metadata(file), file.read_bytes()
@@ -177,13 +226,21 @@ def declare(folder: Path, **changes: object) -> Path:
     return folder
 
 
-@promised("Data", ("a file whose content.json tells another hash of a row group", "the first read stops the run and names the row group"))
+@promised(
+    "Data",
+    (
+        "a file whose content.json tells another hash of a row group",
+        "the first read stops the run and names the row group",
+    ),
+)
 def test_declared_hashes_are_verified(tmp_path: Path) -> None:
     recipe = load(declare(write(tmp_path / "data")))
     _, index = build_indexes(recipe.data, 10)
     in_a_loader(index, recipe)
     permute(tmp_path / "data/validation-0.parquet", group=1)
-    with pytest.raises(DataError, match="row group 1 of .*validation-0.parquet is not what content.json beside it says"):
+    with pytest.raises(
+        DataError, match="row group 1 of .*validation-0.parquet is not what content.json beside it says"
+    ):
         read_all(build_indexes(recipe.data, 10)[1], recipe)
 
 
@@ -219,8 +276,18 @@ def test_a_row_group_without_rows_leaves_nothing_to_read(tmp_path: Path) -> None
     "Data",
     ("a content.json that is garbage", "refused", "garbage{", "content.json is damaged"),
     ("a content.json that is a list", "refused", "[]", "content.json is damaged"),
-    ("a content.json of row groups that are numbers", "refused", '{"files": {"train-0.parquet": {"row_groups_blake3": [1, 2]}}}', "content.json is damaged"),
-    ("a content.json of another file", "refused", '{"files": {"train-0.parquet": {"row_groups_blake3": ["00"]}}}', "has 1 row groups of train-0.parquet"),
+    (
+        "a content.json of row groups that are numbers",
+        "refused",
+        '{"files": {"train-0.parquet": {"row_groups_blake3": [1, 2]}}}',
+        "content.json is damaged",
+    ),
+    (
+        "a content.json of another file",
+        "refused",
+        '{"files": {"train-0.parquet": {"row_groups_blake3": ["00"]}}}',
+        "has 1 row groups of train-0.parquet",
+    ),
     arguments="text, words",
 )
 def test_a_damaged_content_file(text: str, words: str, tmp_path: Path) -> None:
@@ -233,14 +300,22 @@ def test_a_damaged_content_file(text: str, words: str, tmp_path: Path) -> None:
 def test_page_checksums_are_verified(tmp_path: Path) -> None:
     recipe = load(write(tmp_path / "data", write_page_checksum=True))
     permute(tmp_path / "data/validation-0.parquet")
-    with pytest.raises(DataError, match="row group 0 of .*validation-0.parquet cannot be read, the file is damaged.*checksum"):
+    with pytest.raises(
+        DataError, match="row group 0 of .*validation-0.parquet cannot be read, the file is damaged.*checksum"
+    ):
         read_all(build_indexes(recipe.data, 10)[1], recipe)
 
 
-# Servers ---------------------------------------------------------------------------------------------------------------
+# Servers --------------------------------------------------------------------------------------------------------------
 
 
-@promised("Servers", ("a remote file of the same size that changes during a run, on a server with strong ETags", "the next read stops the run at once"))
+@promised(
+    "Servers",
+    (
+        "a remote file of the same size that changes during a run, on a server with strong ETags",
+        "the next read stops the run at once",
+    ),
+)
 def test_a_strong_etag_is_a_condition_of_every_read(tmp_path: Path) -> None:
     write(tmp_path / "data")
     with serve(tmp_path / "data") as (address, log):
@@ -257,8 +332,16 @@ def test_a_strong_etag_is_a_condition_of_every_read(tmp_path: Path) -> None:
 
 @promised(
     "Servers",
-    ("a remote file that changes during a run, on a server with weak ETags", "its state is asked again once a minute, a change stops the run", "weak"),
-    ("a remote file that changes during a run, on a server without ETags", "its time of change is asked again once a minute", "none"),
+    (
+        "a remote file that changes during a run, on a server with weak ETags",
+        "its state is asked again once a minute, a change stops the run",
+        "weak",
+    ),
+    (
+        "a remote file that changes during a run, on a server without ETags",
+        "its time of change is asked again once a minute",
+        "none",
+    ),
     arguments="etag",
 )
 def test_elsewhere_the_state_is_asked_again(etag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +403,10 @@ SECRETS = {
 
 @promised(
     "Servers",
-    *((f"a redirect to another host, with {how} configured for fsspec", "the other host does not see it", how) for how in SECRETS),
+    *(
+        (f"a redirect to another host, with {how} configured for fsspec", "the other host does not see it", how)
+        for how in SECRETS
+    ),
     arguments="how",
 )
 def test_credentials_never_follow_to_another_host(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +417,9 @@ def test_credentials_never_follow_to_another_host(how: str, tmp_path: Path, monk
     theirs: list[dict[str, str]] = []
     ours: list[dict[str, str]] = []
     with serve(tmp_path / "data", heard=theirs) as (there, _):
-        with serve(tmp_path / "data", heard=ours, redirect=lambda path: there + path if "parquet" in path else None) as (here, _):
+        with serve(
+            tmp_path / "data", heard=ours, redirect=lambda path: there + path if "parquet" in path else None
+        ) as (here, _):
             build_indexes(load(here.replace("127.0.0.1", "localhost")).data, 10)
     secrets = ("secret", base64.b64encode(b"me:secret").decode())
     assert all(any(secret in str(request) for secret in secrets) for request in ours)
@@ -339,25 +427,35 @@ def test_credentials_never_follow_to_another_host(how: str, tmp_path: Path, monk
     assert any("Range" in request and "If-Match" in request for request in theirs)
 
 
-# Memory ----------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 @promised("Data", ("a small file with much inside, for which there is no memory", "refused with the numbers"))
 def test_a_row_group_that_takes_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "data", images=[{"bytes": bytes([i]) * 4_000_000, "path": None} for i in range(10)], compression="zstd")
+    write(
+        tmp_path / "data",
+        images=[{"bytes": bytes([i]) * 4_000_000, "path": None} for i in range(10)],
+        compression="zstd",
+    )
     assert (tmp_path / "data/train-0.parquet").stat().st_size < 20_000
     recipe = load(tmp_path / "data")
     train, _ = build_indexes(recipe.data, 10)
     assert 40_000_000 <= train.memory[0] < 41_000_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "20000")  # so many share the memory of this machine
-    with pytest.raises(RecipeError, match="row group 0 of .* takes 38 MiB of memory, of which a process may have [01] MiB"):
-        check(recipe, "plain", 1)
+    with pytest.raises(
+        RecipeError, match="row group 0 of .* takes 38 MiB of memory, of which a process may have [01] MiB"
+    ):
+        preflight(recipe, "plain", 1)
 
 
 def test_the_start_tells_the_memory_of_what_is_inside(tmp_path: Path) -> None:
-    from lars.batch import BatchPlan
+    from lars.recipe.batch import BatchPlan
 
-    write(tmp_path / "data", images=[{"bytes": bytes([i]) * 4_000_000, "path": None} for i in range(10)], compression="zstd")
+    write(
+        tmp_path / "data",
+        images=[{"bytes": bytes([i]) * 4_000_000, "path": None} for i in range(10)],
+        compression="zstd",
+    )
     recipe = load(tmp_path / "data", "epochs=20")
     train, _ = build_indexes(recipe.data, 10)
     assert "holds up to 38 MiB" in data_line(recipe, train, BatchPlan.of(recipe, 10, 1))
@@ -365,13 +463,20 @@ def test_the_start_tells_the_memory_of_what_is_inside(tmp_path: Path) -> None:
 
 @promised("Data", ("a row group in which one image stands a thousand times", "it takes the memory of one"))
 def test_an_image_that_is_repeated_takes_its_memory_once(tmp_path: Path) -> None:
-    recipe = load(write(tmp_path / "data", images=[{"bytes": b"x" * 100_000, "path": None}] * 1000, use_dictionary=True, row_group_size=1000))
+    recipe = load(
+        write(
+            tmp_path / "data",
+            images=[{"bytes": b"x" * 100_000, "path": None}] * 1000,
+            use_dictionary=True,
+            row_group_size=1000,
+        )
+    )
     _, index = build_indexes(recipe.data, 10)
     images, _ = read_all(index, recipe)
     assert index.memory[0] < 1_000_000 and len(images) == 1000 and len({id(image) for image in images}) == 1
 
 
-# Parquet ---------------------------------------------------------------------------------------------------------------
+# Parquet --------------------------------------------------------------------------------------------------------------
 
 
 class _Keys(encryption.KmsClient):
@@ -388,7 +493,9 @@ class _Keys(encryption.KmsClient):
 def encrypt(plaintext_footer: bool) -> Callable[[Path], None]:
     def write_encrypted(file: Path) -> None:
         table = pq.read_table(file)
-        how = encryption.EncryptionConfiguration(footer_key="f", column_keys={"k": ["image.bytes"]}, plaintext_footer=plaintext_footer)
+        how = encryption.EncryptionConfiguration(
+            footer_key="f", column_keys={"k": ["image.bytes"]}, plaintext_footer=plaintext_footer
+        )
         keys = encryption.CryptoFactory(_Keys).file_encryption_properties(encryption.KmsConnectionConfig(), how)
         with pq.ParquetWriter(file, table.schema, encryption_properties=keys) as writer:
             writer.write_table(table)
@@ -430,9 +537,15 @@ def nulls(rows: int) -> pa.Array:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "null labels": (with_columns(image=pa.array([{"bytes": b"x"}] * 5), label=nulls(5)), "1 labels in row group 0 of .* are null"),
+    "null labels": (
+        with_columns(image=pa.array([{"bytes": b"x"}] * 5), label=nulls(5)),
+        "1 labels in row group 0 of .* are null",
+    ),
     "images as text": (with_columns(image=pa.array([{"bytes": "x"}] * 5), label=pa.array([1] * 5)), "not an image"),
-    "images as lists of numbers": (with_columns(image=pa.array([{"bytes": [1, 2]}] * 5), label=pa.array([1] * 5)), "not an image"),
+    "images as lists of numbers": (
+        with_columns(image=pa.array([{"bytes": [1, 2]}] * 5), label=pa.array([1] * 5)),
+        "not an image",
+    ),
     "images that are no struct": (with_columns(image=pa.array([b"x"] * 5), label=pa.array([1] * 5)), "not an image"),
     "two columns of one name": (twice, "has several columns data.label_column=label"),
     "encrypted columns": (encrypt(True), "has encrypted columns, and no key can be given"),
@@ -453,12 +566,17 @@ def test_a_parquet_file_of_another_kind(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@promised("Parquet", ("a file with encrypted columns that nothing else betrays, over which pyarrow ends its process", "refused"))
+@promised(
+    "Parquet",
+    ("a file with encrypted columns that nothing else betrays, over which pyarrow ends its process", "refused"),
+)
 def test_a_footer_that_pyarrow_does_not_survive(tmp_path: Path) -> None:
     without_a_signature(write(tmp_path / "data") / "train-0.parquet")
 
     def refused() -> None:
-        with pytest.raises(RecipeError, match="train-0.parquet is not a readable Parquet file: pyarrow breaks down over its footer"):
+        with pytest.raises(
+            RecipeError, match="train-0.parquet is not a readable Parquet file: pyarrow breaks down over its footer"
+        ):
             build_indexes(load(tmp_path / "data").data, 10)
 
     process = multiprocessing.get_context("fork").Process(target=refused)  # not the one of the tests
@@ -467,7 +585,9 @@ def test_a_footer_that_pyarrow_does_not_survive(tmp_path: Path) -> None:
     assert process.exitcode == 0
 
 
-@promised("Parquet", ("null labels that the footer does not tell", "the run stops with the same line when they are read"))
+@promised(
+    "Parquet", ("null labels that the footer does not tell", "the run stops with the same line when they are read")
+)
 def test_null_labels_without_statistics(tmp_path: Path) -> None:
     recipe = load(write(tmp_path / "data", labels=[None if i == 13 else 1 for i in range(20)], write_statistics=False))
     _, index = build_indexes(recipe.data, 10)
@@ -500,7 +620,12 @@ def test_mutated_footers(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     ("data.path=/", "refused, without looking through the machine", "/", "the whole machine"),
     ("data.path=//", "refused, without looking through the machine", "//", "the whole machine"),
     ("data.path=file:///", "refused, without looking through the machine", "file:///", "the whole machine"),
-    ("data.path=hf://datasets/owner/name, which would follow new commits", "refused", "hf://datasets/owner/name", "data.revision"),
+    (
+        "data.path=hf://datasets/owner/name, which would follow new commits",
+        "refused",
+        "hf://datasets/owner/name",
+        "data.revision",
+    ),
     arguments="path, words",
 )
 def test_a_path_that_is_no_data_set(path: str, words: str) -> None:

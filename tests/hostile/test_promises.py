@@ -1,4 +1,5 @@
 """The page for people says what the tests say."""
+
 from __future__ import annotations
 
 from promises import PAGE, page

@@ -1,15 +1,16 @@
 """AlexNet as published: layers in order, sizes, first weights; ResNet-50 as the recipes spell it."""
+
 from __future__ import annotations
 
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from torch import nn
 
 import recipes.alexnet.model  # noqa: F401  registers the three
-from conftest import ROOT
-from lars import config
-from lars.engine import build_model
+from lars.engine.build import build_model
+from lars.recipe import config
 
 
 def layers(model: nn.Module) -> str:
@@ -22,7 +23,11 @@ def layers(model: nn.Module) -> str:
     [
         ("alexnet", 60_965_224, "conv relu pool lrn conv relu pool lrn conv relu conv relu conv relu pool"),
         # without 1,376 conv biases, with 2 x 1,376 scales and shifts
-        ("alexnet_bn", 60_965_224 + 1_376, "conv bn relu pool conv bn relu pool conv bn relu conv bn relu conv bn relu pool"),
+        (
+            "alexnet_bn",
+            60_965_224 + 1_376,
+            "conv bn relu pool conv bn relu pool conv bn relu conv bn relu conv bn relu pool",
+        ),
         ("alexnet_bn_post", 60_965_224, "conv relu pool bn conv relu pool bn conv relu bn conv relu bn conv relu pool"),
     ],
 )
@@ -32,14 +37,21 @@ def test_layers_and_parameter_counts(name: str, parameters: int, order: str) -> 
     assert layers(model) == order
     convolutions = [m for m in model.features if isinstance(m, nn.Conv2d)]
     assert [(c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0], c.groups) for c in convolutions] == [
-        (96, 11, 4, 0, 1), (256, 5, 1, 2, 2), (384, 3, 1, 1, 1), (384, 3, 1, 1, 2), (256, 3, 1, 1, 2)
+        (96, 11, 4, 0, 1),
+        (256, 5, 1, 2, 2),
+        (384, 3, 1, 1, 1),
+        (384, 3, 1, 1, 2),
+        (256, 3, 1, 1, 2),
     ]
     assert model.fc6.in_features == 256 * 6 * 6
     for norm in (m for m in model.features if isinstance(m, nn.BatchNorm2d)):
         assert (norm.eps, norm.momentum, norm.affine) == (1e-4, 0.1, name == "alexnet_bn")
 
 
-@pytest.mark.parametrize(("name", "conv_biases", "last_bias"), [("alexnet", [0, 0.1, 0, 0.1, 0.1], 0), ("alexnet_bn_post", [0.01] * 5, 0.01), ("alexnet_bn", [None] * 5, 0)])
+@pytest.mark.parametrize(
+    ("name", "conv_biases", "last_bias"),
+    [("alexnet", [0, 0.1, 0, 0.1, 0.1], 0), ("alexnet_bn_post", [0.01] * 5, 0.01), ("alexnet_bn", [None] * 5, 0)],
+)
 def test_first_weights(name: str, conv_biases: list, last_bias: float) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name).requires_grad_(False)
@@ -88,4 +100,6 @@ def test_first_weights_are_drawn_from_the_seed_alone() -> None:
     first, again = build_model(recipe)[0], build_model(recipe)[0]
     recipe.seed = 1
     other = build_model(recipe)[0]
-    assert torch.equal(first.conv1.weight, again.conv1.weight) and not torch.equal(first.conv1.weight, other.conv1.weight)
+    assert torch.equal(first.conv1.weight, again.conv1.weight) and not torch.equal(
+        first.conv1.weight, other.conv1.weight
+    )

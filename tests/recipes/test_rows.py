@@ -1,4 +1,5 @@
-"""Every published row is a recipe: batch arithmetic, rates, models and sample order at the real size, two real steps in small."""
+"""Every published row is a recipe: its arithmetic, rates, model and order at the real size, two real steps in small."""
+
 from __future__ import annotations
 
 import functools
@@ -8,7 +9,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,23 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import DEMO, ROOT
 
 import recipes.alexnet.model  # noqa: F401  registers the three
-from conftest import DEMO, ROOT
-from lars import config
-from lars.batch import BatchPlan
-from lars.config import Recipe
 from lars.data.index import Index
 from lars.data.order import Order
-from lars.engine import build_optimizer
-from lars.report import committed_results, expectation
-from lars.schedule import Schedule
+from lars.engine.build import build_optimizer
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.schedule import Schedule
+from lars.report.report import expectation
 from recipes.train import main
 
 IMAGENET = 1_281_167
 
-# The published rows and the recipes that stand for them. `paper`: You et al. 2018. `nvcaffe`: the LARS authors' Caffe files.
+# The published rows and the recipes that stand for them.
+# `paper`: You et al. 2018. `nvcaffe`: the LARS authors' Caffe files.
 ROWS = {
     "paper: AlexNet, 32K, 100 epochs, 1,024 workers": "alexnet/lars-b32k-100ep",
     "paper: ResNet-50, 32K, 90 epochs, 2,048 workers": "resnet50/lars-b32k-90ep-bn16",
@@ -67,15 +68,23 @@ ROWS = {
 }
 NAMES = sorted(ROWS.values())
 
-# By hand, from the sources in the headers: recipe: (steps, rate of step 0, then (step, rate) before and after the end of warm-up,
-# in the middle, at the last step). With N = 1,281,167, batch B, E epochs, w = warm-up epochs x N / B and T = E x N / B:
-#   warm-up   first + (base - first) x (t / w)^p                 p = 2 and first = 1 in nvcaffe, else p = 1 and first = 0
-#   decay     end + (base - end) x (1 - t / T)^2                 nvcaffe, from the start: the rate falls at w
-#             end + (base - end) x (1 - (t - w) / (T - w))^2     NUS-HPC and SGD, from the end of warm-up
-#             end + (base - end) x (1 - (t - w) / d)^2           MLPerf, d steps; end = 1e-4, and it stays there
+# By hand, from the sources in the headers: recipe: (steps, rate of step 0, then (step, rate) before and after the end
+# of warm-up, in the middle, at the last step).
+# With N = 1,281,167, batch B, E epochs, w = warm-up epochs x N / B and T = E x N / B:
+#   warm-up   first + (base - first) x (t / w)^p               p = 2 and first = 1 in nvcaffe, else p = 1 and first = 0
+#   decay     end + (base - end) x (1 - t / T)^2               nvcaffe, from the start: the rate falls at w
+#             end + (base - end) x (1 - (t - w) / (T - w))^2   NUS-HPC and SGD, from the end of warm-up
+#             end + (base - end) x (1 - (t - w) / d)^2         MLPerf, d steps; end = 1e-4, and it stays there
 RATES = {
     # w = 25022.79, T = 500455.86
-    "alexnet/sgd-b256-100ep": (500456, 0.0, (25022, 0.00999968), (25023, 0.00999999), (250228, 0.00277008), (500455, 3.267e-14)),
+    "alexnet/sgd-b256-100ep": (
+        500456,
+        0.0,
+        (25022, 0.00999968),
+        (25023, 0.00999999),
+        (250228, 0.00277008),
+        (500455, 3.267e-14),
+    ),
     # w = 1563.92, T = 31278.49
     "alexnet/sgd-b4k-100ep": (31278, 0.0, (1563, 0.159905), (1564, 0.159999), (15639, 0.0443227), (31277, 4.03e-10)),
     # w = 781.96, T = 15639.25
@@ -89,9 +98,23 @@ RATES = {
     # w = 390.98, T = 3909.81
     "alexnet/lars-b32k-100ep-bn1024": (3910, 1.0, (390, 31.8446), (391, 25.9197), (1955, 7.99923), (3909, 1.378e-06)),
     # w = 390.98, T = 3909.81
-    "alexnet/lars-b32k-100ep-caffe-rule": (3910, 1.0, (390, 31.8446), (391, 25.9197), (1955, 7.99923), (3909, 1.378e-06)),
+    "alexnet/lars-b32k-100ep-caffe-rule": (
+        3910,
+        1.0,
+        (390, 31.8446),
+        (391, 25.9197),
+        (1955, 7.99923),
+        (3909, 1.378e-06),
+    ),
     # w = 25022.79, T = 450410.27
-    "resnet50/sgd-b256-90ep": (450410, 0.0, (25022, 0.0999968), (25023, 0.0999999), (225205, 0.0280277), (450409, 8.962e-13)),
+    "resnet50/sgd-b256-90ep": (
+        450410,
+        0.0,
+        (25022, 0.0999968),
+        (25023, 0.0999999),
+        (225205, 0.0280277),
+        (450409, 8.962e-13),
+    ),
     # w = 781.96, T = 14075.32
     "resnet50/sgd-b8k-90ep": (14075, 0.0, (781, 3.19606), (782, 3.19998), (7037, 0.897054), (14074, 3.16e-08)),
     # w = 195.49, T = 3518.83
@@ -136,7 +159,8 @@ RATES = {
     "resnet50/mlperf-b67840": (1719, 0.0, (585, 24.6805), (586, 24.6745), (859, 14.2119), (1718, 0.0001037)),
 }
 
-# As published; norms after pooling have no scale or shift, those before have 2 x 1,376, and their convolutions no 1,376 biases.
+# As published; norms after pooling have no scale or shift, those before have 2 x 1,376, and their convolutions no 1,376
+# biases.
 PARAMETERS = {"alexnet": 60_965_224, "alexnet_bn": 60_966_600, "alexnet_bn_post": 60_965_224, "resnet50": 25_557_032}
 
 # One recipe of each (model, optimizer, shape of the schedule); the others run in `make test-long`.
@@ -157,12 +181,14 @@ def recipe_of(name: str) -> Recipe:
 
 
 def header_of(name: str) -> str:
-    return "".join(line for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#"))
+    return "".join(
+        line for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#")
+    )
 
 
 def kind(name: str) -> tuple:
     r = recipe_of(name)
-    rule = r.optimizer.name, str(r.optimizer.adapt_1d)
+    rule = r.optimizer.name, str(getattr(r.optimizer, "adapt_1d", None))
     return r.model.name, *rule, r.schedule.warmup_power, r.schedule.decay_from, r.schedule.decay_steps is None
 
 
@@ -171,14 +197,25 @@ def passes_at_default(r: Recipe) -> int:
 
 
 def test_every_published_row_is_a_recipe_and_every_recipe_a_row() -> None:
-    written = {f"{f.parent.name}/{f.stem}" for model in ("alexnet", "resnet50") for f in (ROOT / "recipes" / model).glob("*.yaml")}
+    written = {
+        f"{f.parent.name}/{f.stem}"
+        for model in ("alexnet", "resnet50")
+        for f in (ROOT / "recipes" / model).glob("*.yaml")
+    }
     assert written == set(NAMES) == set(RATES) and len(NAMES) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_header_says_command_hardware_sources_and_what_was_published(name: str) -> None:
     header, r = header_of(name), recipe_of(name)
-    for part in ("Not yet run here", "Published:", "Hardware:", "Expected time", "Sources:", f"--config recipes/{name}.yaml"):
+    for part in (
+        "Not yet run here",
+        "Published:",
+        "Hardware:",
+        "Expected time",
+        "Sources:",
+        f"--config recipes/{name}.yaml",
+    ):
         assert part in header
     assert f"batch {r.global_batch:,}" in header and max(map(len, header.splitlines())) <= 140
     many = re.search(r"divides ([\d,]+)", header)
@@ -197,7 +234,11 @@ def test_the_batch_comes_out_even_at_the_real_size(name: str) -> None:
     for processes in sorted({1, 8, 64, largest}):
         if largest % processes == 0:
             plan = BatchPlan.of(r, IMAGENET, processes)
-            assert plan.passes_per_process * processes * plan.micro_batch == r.global_batch == plan.passes * plan.micro_batch
+            assert (
+                plan.passes_per_process * processes * plan.micro_batch
+                == r.global_batch
+                == plan.passes * plan.micro_batch
+            )
             assert plan.steps == RATES[name][0]
         else:
             with pytest.raises(config.RecipeError, match=f"{processes} processes do not divide"):
@@ -217,7 +258,7 @@ def test_rates_are_those_computed_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "mlperf" in n])
 def test_a_reference_point_has_the_numbers_of_the_package(name: str) -> None:
-    """Where mlperf-logging is installed: every number again, and whether the horizon contains every seed's convergence."""
+    """With mlperf-logging installed: every number again, and whether the horizon contains every seed's convergence."""
     folder = Path(pytest.importorskip("mlperf_logging").__file__).parent
     points = json.loads((folder / "rcp_checker/training_4.0.0/rcps_resnet.json").read_text())
     r = recipe_of(name)
@@ -244,7 +285,9 @@ def test_the_models_have_the_published_size(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("batch", "group"), sorted({(recipe_of(n).global_batch, recipe_of(n).bn_group or 0) for n in NAMES}))
+@pytest.mark.parametrize(
+    ("batch", "group"), sorted({(recipe_of(n).global_batch, recipe_of(n).bn_group or 0) for n in NAMES})
+)
 def test_a_step_at_the_real_batch_is_as_many_distinct_samples(batch: int, group: int) -> None:
     rows = np.full(-(-IMAGENET // 100), 100)  # about 12,800 row groups in 294 files
     rows[-1] -= rows.sum() - IMAGENET
@@ -281,17 +324,41 @@ def test_the_caffe_rule_adapts_and_decays_every_tensor() -> None:
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     for source, rows in (("train-00000-of-00005", 101), ("validation-00000-of-00001", 23)):
-        pq.write_table(pq.read_table(DEMO / "data" / f"{source}.parquet").slice(0, rows), folder / f"{source}.parquet", row_group_size=25)
+        pq.write_table(
+            pq.read_table(DEMO / "data" / f"{source}.parquet").slice(0, rows),
+            folder / f"{source}.parquet",
+            row_group_size=25,
+        )
     return folder
 
 
 def scaled_down(r: Recipe, data: Path) -> list[str]:
-    """Two steps of 16 images in groups of 4, an eighth of the width, the smallest images; rates and rules stay the recipe's."""
+    """Two steps of 16 images in groups of 4, an eighth of the width, the smallest images.
+
+    Rates and rules stay the recipe's.
+    """
     alexnet, size = r.model.name.startswith("alexnet"), 67 if r.model.name.startswith("alexnet") else 28
-    model = ["model.kwargs.width=0.125"] if alexnet else ["model.kwargs.channels=[8,16,32,64]", "model.kwargs.layers=[1,1,1,1]"]
+    model = (
+        ["model.kwargs.width=0.125"]
+        if alexnet
+        else ["model.kwargs.channels=[8,16,32,64]", "model.kwargs.layers=[1,1,1,1]"]
+    )
     batch = ["global_batch=16", f"bn_group={4 if r.bn_group else 'null'}", "runtime.micro_batch=8"]
-    sizes = [f"model.image_size={size}", f"augment.eval_resize={size}", *([f"augment.resize={size + 5}"] if r.augment.resize else [])]
-    return [f"data.path={data}", "data.workers=1", "model.num_classes=10", *model, *batch, *sizes, "max_steps=2", "trackers=[]"]
+    sizes = [
+        f"model.image_size={size}",
+        f"augment.eval_resize={size}",
+        *([f"augment.resize={size + 5}"] if r.augment.resize else []),
+    ]
+    return [
+        f"data.path={data}",
+        "data.workers=1",
+        "model.num_classes=10",
+        *model,
+        *batch,
+        *sizes,
+        "max_steps=2",
+        "trackers=[]",
+    ]
 
 
 def test_each_kind_of_recipe_is_trained_once() -> None:
@@ -302,7 +369,11 @@ def test_each_kind_of_recipe_is_trained_once() -> None:
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `main` sets for its whole process, put back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads, deterministic, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dict(os.environ)
+    threads, deterministic, before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        dict(os.environ),
+    )
     monkeypatch.chdir(ROOT)
     yield
     for number, handler in handlers.items():

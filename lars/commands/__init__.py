@@ -1,0 +1,1 @@
+"""What works on this repository, a verb of the command `lars` each."""

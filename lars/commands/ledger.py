@@ -1,0 +1,92 @@
+"""`lars ledger RUN...`: put finished runs into the results ledger, recipes/<model>/results/<recipe>/<run>/.
+
+An entry is the proof of a row: `config.yaml` (the resolved recipe, without the paths of one machine), `metrics.jsonl`
+(every step), `result.json` (accuracy, hashes, versions, hardware, commit), perhaps `mllog.txt`. `make tables` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from lars.recipe.refusal import RecipeError
+from lars.run.folder import write_atomically
+from lars.run.reading import RECIPES, diverged, is_name, read_bytes, read_config, read_lines, read_result
+
+_OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
+
+
+def complaint(run: Path) -> str | None:
+    """Why a run folder is no proof; None if it is one."""
+    result = read_result(run)
+    if not result:
+        return "it has no result.json"
+    if result.get("status") != "finished" and not diverged(result):
+        return f"it is {result.get('status')}, not finished"
+    needed = ("steps", "versions", "environment", "data_fingerprint", "source_sha256")
+    if missing := [key for key in needed if result.get(key) in (None, "", {})]:
+        return f"result.json lacks {', '.join(missing)}"
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl", "train")]
+    if len(steps) != result["steps"] or steps != list(range(1, len(steps) + 1)):
+        return f"metrics.jsonl has {len(steps)} of its {result['steps']} steps"
+    evaluations = read_lines(run / "metrics.jsonl", "eval")
+    last = (evaluations[-1]["step"], evaluations[-1]["top1"]) if evaluations else None
+    if last != (result["steps"], result.get("top1")) and not diverged(result):
+        return "the last evaluation in metrics.jsonl is not its result"
+    if not read_config(run):
+        return "it has no config.yaml"
+    return None
+
+
+def keep(run: Path, entry: Path) -> None:
+    """Copy what proves a run into the ledger.
+
+    Raises:
+        RecipeError: the run is not finished, or its files contradict each other.
+    """
+    if why := complaint(run):
+        raise RecipeError(f"{run} is no proof of a row: {why}")
+    kept = {
+        key: {k: v for k, v in value.items() if f"{key}.{k}" not in _OF_ONE_MACHINE}
+        if isinstance(value, dict)
+        else value
+        for key, value in read_config(run).items()
+        if key not in _OF_ONE_MACHINE
+    }
+    files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "result.json", "mllog.txt")}
+    entry.mkdir(parents=True, exist_ok=True)
+    write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    for name, content in files.items():
+        if content is not None:
+            (entry / name).write_bytes(content)
+
+
+def entries(folder: Path) -> list[Path]:
+    """All runs below a folder of the ledger, in order of their paths."""
+    return sorted(file.parent for file in folder.rglob("result.json"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    try:
+        for run in parser.parse_args().runs:
+            name = read_result(run).get("recipe")
+            model, _, what = name.partition("/") if is_name(name) else ("", "", "")
+            if not model or not (RECIPES / model).is_dir():
+                raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
+            entry = RECIPES / model / "results" / what / run.resolve().name
+            keep(run, entry)
+            print(os.path.relpath(entry))
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

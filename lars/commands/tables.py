@@ -1,0 +1,184 @@
+"""`lars tables`: write the README's tables from recipes, `published.yaml`, the plan and the results ledger.
+
+What `make tables` calls, with `recipes/study/summary.py`; a test fails where a page says otherwise. A row that was not
+run has an empty cell.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lars.plan.cluster import load_cluster
+from lars.plan.plan import make_plan, with_devices
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.model_file import import_model_file
+from lars.recipe.refusal import RecipeError
+from lars.report.report import committed_top1
+
+CLUSTER = Path("launch/clusters/h100-8.yaml")
+DEVICES = (1, 8)
+IN_THE_README = {
+    "alexnet/lars-b32k-100ep": "",
+    "resnet50/lars-b32k-90ep": "",
+    "resnet50/lars-b32k-64ep": "",
+    "resnet50/sgd-b256-90ep": "",
+    "resnet50/sgd-b32k-90ep": ", the control without LARS",
+    "demo/alexnet": "",
+    "demo/resnet50": "",
+}
+_ORDER = ("sgd", "lars", "nus", "mlperf")  # of a folder's rows
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one recipe on so many H100."""
+
+    micro_batch: int
+    hours: float
+
+
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """81.0 ± 0.9: mean and standard deviation between seeds (n - 1); for one seed the mean alone, for none nothing."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; an empty cell stays visibly empty."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_marked(text: str, name: str, table: str) -> str:
+    """A page with `table` between `<!-- name... -->` and `<!-- end of name -->`.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    start = text.index(f"<!-- {name}:")
+    start = text.index("-->\n", start) + 4
+    return text[:start] + table + "\n" + text[text.index(f"<!-- end of {name} -->", start) :]
+
+
+def published_text(row: dict) -> str:
+    """What others published for a recipe: its row of `published.yaml`, or nothing."""
+    if not row:
+        return "none"
+    if "reach" in row:
+        return f"{row['reach']} after {min(row['epochs'])} to {max(row['epochs'])} epochs"
+    return f"{row['top1']}" + (" (control)" if row.get("control") else "")
+
+
+def recipes_of(folder: Path) -> list[Recipe]:
+    """All recipes of a folder, SGD first, then by whose they are, then by batch."""
+    import_model_file(folder)
+    loaded = [config.load(file, []) for file in sorted(folder.glob("*.yaml"))]
+    return sorted(loaded, key=lambda r: (_ORDER.index(Path(r.name).name.split("-")[0]), r.global_batch, r.name))
+
+
+def predict(recipe: Recipe) -> list[Prediction]:
+    """What `lars.plan.plan` says for 1 and for 8 H100."""
+    plans = [make_plan(recipe, with_devices(load_cluster(CLUSTER, []), devices)) for devices in DEVICES]
+    return [Prediction(plan.batch.micro_batch, plan.seconds / 3600) for plan in plans]
+
+
+def row_of(recipe: Recipe, published: dict, predictions: list[Prediction]) -> list[str]:
+    """One line of a folder's table."""
+    stem = Path(recipe.name).name
+    ours = committed_top1(recipe.name)
+    cells = [f"[{stem}]({stem}.yaml)", f"{recipe.global_batch:,}", f"{recipe.epochs:g}", str(recipe.bn_group or "")]
+    cells += [
+        published_text(published.get(recipe.name, {})),
+        mean_and_spread(ours),
+        f"divide {BatchPlan.of(recipe, recipe.global_batch, 1).passes:,}",
+    ]
+    return cells + [
+        f"{p.micro_batch}, {p.hours:.1f} h" if p.hours < 10 else f"{p.micro_batch}, {p.hours:.0f} h"
+        for p in predictions
+    ]
+
+
+def folder_table(folder: Path, predictions: dict[str, list[Prediction]]) -> str:
+    """The table of recipes/<model>/README.md."""
+    published = yaml.safe_load(Path("recipes/published.yaml").read_text())
+    head = [
+        "recipe",
+        "batch",
+        "epochs",
+        "batch-norm group",
+        "published top-1 %",
+        "ours top-1 %",
+        "GPUs",
+        *(f"{n} x H100" for n in DEVICES),
+    ]
+    return markdown(head, [row_of(recipe, published, predictions[recipe.name]) for recipe in recipes_of(folder)])
+
+
+def results_table() -> str:
+    """The README's: the paper's rows, the control, and what was run here."""
+    published = yaml.safe_load(Path("recipes/published.yaml").read_text())
+    rows = []
+    for name, remark in IN_THE_README.items():
+        folder, stem = name.split("/")
+        import_model_file(Path("recipes", folder))
+        recipe, results = config.load(f"recipes/{name}.yaml", []), committed_top1(name)
+        row = published.get(name, {})
+        said = f"{row['top1']} ({row['source']})" if row else ""
+        log = f"[results](recipes/{folder}/results/{stem})" if results else ""
+        seeds = str(len(results)) if results else ""
+        cells = [f"[{name}](recipes/{name}.yaml){remark}", f"{recipe.global_batch:,}", f"{recipe.epochs:g}"]
+        rows.append([*cells, said, mean_and_spread(results), seeds, log])
+    models = {"AlexNet": "alexnet", "ResNet-50": "resnet50"}
+    others = [
+        r for folder in models.values() for r in recipes_of(Path("recipes", folder)) if r.name not in IN_THE_README
+    ]
+    batches = sorted(r.global_batch for r in others)
+    links = ", ".join(f"[{title}](recipes/{folder}/README.md)" for title, folder in models.items())
+    rows.insert(
+        5,
+        [
+            f"{len(others)} more: {links}",
+            f"{batches[0]:,} to {batches[-1]:,}",
+            "",
+            "You et al., NUS-HPC, MLPerf",
+            "",
+            "",
+            "",
+        ],
+    )
+    return markdown(["recipe", "batch", "epochs", "published top-1 %", "ours top-1 %", "seeds", "log"], rows)
+
+
+def pages(predictions: dict[str, list[Prediction]]) -> Iterator[tuple[Path, str]]:
+    """Every page with tables of ours, as it has to read."""
+    yield Path("README.md"), replace_marked(Path("README.md").read_text(), "results", results_table())
+    for model in ("alexnet", "resnet50"):
+        file = Path("recipes", model, "README.md")
+        yield file, replace_marked(file.read_text(), "rows", folder_table(file.parent, predictions))
+
+
+def main() -> int:
+    try:
+        recipes = [r for model in ("alexnet", "resnet50") for r in recipes_of(Path("recipes", model))]
+        for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
+            changed = text != file.read_text()
+            file.write_text(text)
+            print(f"{file}: {'written' if changed else 'as it was'}")
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

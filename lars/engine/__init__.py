@@ -1,0 +1,1 @@
+"""How a pass becomes a gradient and a gradient a step: plain, DDP, DeepSpeed, FSDP2; evaluation and memory."""

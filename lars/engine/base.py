@@ -1,0 +1,210 @@
+"""What an engine does; plain data parallel, DDP, DeepSpeed and FSDP2 each fill in what they do in their own way.
+
+The base holds what is the same on all of them: device, pinned arithmetic, forward and batch-norm statistics of a pass.
+An engine says how the gradients of passes and processes come together (`wrap`, `exchange`, `backward`, `bad_gradients`,
+`step`) and where weights and optimizer state lie (`weights`, `optimizer_state`, `load_optimizer_state`).
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor, nn
+
+from lars.data.mix import group_size, mix
+from lars.exact.ghost_batchnorm import GhostBatchNorm2d
+from lars.exact.keyed import Purpose, mix64
+from lars.exact.reduction import OrderFreeSum
+from lars.optim.base import Optimizer
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.launched import Launched, uses_cpu, uses_deepspeed
+from lars.recipe.refusal import RecipeError
+
+
+def unwrapped_name(name: str) -> str:
+    """A state dict's name without the prefixes of DDP and torch.compile."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+class Engine(ABC):
+    """Forward and backward of a pass on this process's device, the same for every number of processes.
+
+    `model` is the model itself, `train_module` and `eval_module` are what the engine made of it.
+    """
+
+    exchanges_gradients = True  # this engine adds them over processes itself; if not, the order-free sum does
+    weights_may_be_channels_last = False  # a sharded weight is cut from contiguous memory
+    reproducibility = "numeric"
+
+    def __init__(self, recipe: Recipe, launched: Launched) -> None:
+        self.recipe, self.launched = recipe, launched
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        self.accelerator = Accelerator(
+            cpu=uses_cpu() and not uses_deepspeed(),  # for accelerate `cpu=True` is a refusal of DeepSpeed
+            mixed_precision="no",  # autocast is ours: the recipe sets the precision, never the launch file
+            log_with=recipe.trackers or None,
+            project_dir=recipe.run_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        _assert_processes(self.accelerator, launched.processes)
+        self.pin_arithmetic()
+
+    def pin_arithmetic(self) -> None:
+        """Settle what changes bits; again once the engine is built: accelerate and engines have their own ideas."""
+        tf32, deterministic = self.recipe.precision != "fp32", self.recipe.runtime.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            if self.device.type == "cpu":
+                torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = (
+                False  # finds bugs, costs a memory pass per allocation
+            )
+
+    def assert_pinned(self) -> None:
+        """Before the first step: nothing that was built since has changed what `pin_arithmetic` settled."""
+        if self.recipe.runtime.deterministic:
+            threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+            pinned = (threads, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+            assert pinned == (1, True, False), f"threads, deterministic algorithms, cuDNN's benchmark: {pinned}"
+
+    def prepare(self, model: nn.Module, ghosts: list[GhostBatchNorm2d]) -> None:
+        """Put the model on the device, as the recipe's `runtime` keys say."""
+        runtime = self.recipe.runtime
+        self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
+        weights_format = self.memory_format if self.weights_may_be_channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=weights_format)
+        self.ghosts = ghosts
+        mean, std = (
+            torch.tensor(values, device=self.device) for values in (self.recipe.augment.mean, self.recipe.augment.std)
+        )
+        self.mean, self.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+        if runtime.activation_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
+            model.set_grad_checkpointing()
+        if self.recipe.precision == "bf16":  # inside the model: DeepSpeed turns an autocast around it off
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+        self.train_module = self.eval_module = self.model
+
+    @abstractmethod
+    def wrap(self, optimizer: Optimizer, plan: BatchPlan) -> None:
+        """Build the engine around the model and the optimizer of its parameters."""
+
+    def sums(self, passes: int, counts: int) -> OrderFreeSum:
+        """What adds a step of `passes` passes: loss, statistics, and gradients if the engine does not exchange them."""
+        named = (
+            [] if self.exchanges_gradients else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        )
+        statistics = sum(2 * ghost.num_features for ghost in self.ghosts)
+        return OrderFreeSum(named, passes, floats=1 + statistics, counts=counts, device=self.device)
+
+    def forward(self, images: Tensor, labels: Tensor, step: int, pass_index: int) -> Tensor:
+        """The mean loss of one pass; dropout depends on (seed, step, pass) alone.
+
+        Args:
+            images: uint8 (micro_batch, 3, size, size), on any device.
+            labels: int64 (micro_batch,).
+        """
+        torch.manual_seed(int(mix64(self.recipe.seed, Purpose.DROPOUT, step, pass_index)) >> 1)
+        pixels, targets = self.pixels(images), labels.to(self.device, non_blocking=True)
+        if group_size(self.recipe):
+            pixels, targets = mix(pixels, targets, self.recipe, step, pass_index * len(labels))
+        logits = self.train_module(pixels.contiguous(memory_format=self.memory_format)).float()
+        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.augment.label_smoothing)
+
+    @abstractmethod
+    def exchange(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a pass; gradients are exchanged in the last one's."""
+
+    def backward(self, loss: Tensor, passes: int) -> None:
+        """Add the gradients of one of `passes` passes of this process to those before."""
+        (loss / passes).backward()
+
+    def bad_gradients(self) -> list[str]:
+        """Names of the parameters whose whole gradient, after the last pass, is not finite."""
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        if not named:
+            return []
+        finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
+        return [name for (name, _), fine in zip(named, finite) if not fine]
+
+    def step(self, lr: float) -> bool:
+        """One optimizer step at this rate; False if the engine left it out because the gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def trust_ratios(self) -> dict[str, float]:
+        """{parameter name: trust ratio in the last step}; all processes call it together, each may hold only a part."""
+        applied = self.optimizer.applied_ratios()
+        named = {unwrapped_name(n): applied[p] for n, p in self.model.named_parameters() if p in applied}
+        return {name: float(f"{ratio:.4g}") for part in gather_object([named]) for name, ratio in part.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict with whole float32 weights and plain names; all processes call it together."""
+        return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """{`state_key` of the optimizer: whole tensor}; all processes call it together. Empty before the first step.
+
+        After it a parameter that had no gradient yet has zeros, so that one that is missing is a fault.
+        """
+        state, key = self.optimizer.state, self.optimizer.state_key
+        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters() if state and p.requires_grad]
+        kinds = self.optimizer.state_tensors
+        return {key(n, kind): state[p][kind] if p in state else torch.zeros_like(p) for n, p in named for kind in kinds}
+
+    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+        """The reverse of `optimizer_state`."""
+        for name, p in self.model.named_parameters():
+            for kind in self.optimizer.state_tensors:
+                if (whole := saved.get(self.optimizer.state_key(unwrapped_name(name), kind))) is not None:
+                    self.optimizer.state[p][kind] = self.like(p, whole)
+
+    def like(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """A whole tensor as this engine keeps it for a parameter."""
+        return torch.empty_like(parameter).copy_(whole)
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """float32 (n, num_classes) of uint8 images."""
+        return model(self.pixels(images).contiguous(memory_format=self.memory_format)).float()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images to the device, where they are normalised."""
+        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+
+    def statistics(self) -> Tensor:
+        """The batch norms' sums over the last forward's groups, one float64 vector."""
+        sums = [ghost.group_sums.reshape(-1) for ghost in self.ghosts]
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def update_statistics(self, means: Tensor) -> None:
+        """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
+        parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
+        for ghost, part in zip(self.ghosts, parts):
+            ghost.update_running(*part.view(2, -1))
+
+
+def _assert_processes(accelerator: Accelerator, launched: int) -> None:
+    """Where a launch file asks for two CPU processes in the wrong words, accelerate starts one (its issue 2741)."""
+    alone = (
+        "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    )
+    if accelerator.num_processes != launched or alone:
+        raise RecipeError(
+            f"the launch file asked for {'several' if alone else launched} processes, accelerate has "
+            f"{accelerator.num_processes}: start with launch/cpu-2.yaml or launch/gpu.yaml"
+        )

@@ -1,0 +1,124 @@
+"""DeepSpeed ZeRO 0 to 3, with LARS as the optimizer inside it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lars.engine.base import Engine, unwrapped_name
+from lars.optim.base import Optimizer
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.launched import Launched
+
+_OPTIMIZERS = {0: "LARS", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+
+class DeepSpeed(Engine):
+    """A pass is a micro-step of DeepSpeed, which divides the loss, adds in float32 and averages over processes."""
+
+    def __init__(self, recipe: Recipe, launched: Launched) -> None:
+        # it warns of every optimizer that is not its own; this one is tested on each stage
+        logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of DeepSpeed's calls, not of ours
+        super().__init__(recipe, launched)
+        self.stage = launched.deepspeed["zero_optimization"]["stage"]
+
+    def wrap(self, optimizer: Optimizer, plan: BatchPlan) -> None:
+        """`accelerator.prepare` makes the engine; what it is and how it counts batches is asserted."""
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
+        # its bf16 section rounds the weights first and makes float32 masters of what is left
+        self.whole = (
+            {p: p.detach().clone() for p in self.model.parameters()} if config.get("bf16", {}).get("enabled") else {}
+        )
+        config["train_micro_batch_size_per_gpu"] = plan.micro_batch
+        config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = plan.passes_per_process
+        self.train_module, _ = self.accelerator.prepare(self.model, optimizer)
+        self.eval_module, self.optimizer, engine = self.train_module, optimizer, self.train_module
+        built = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, engine.gradient_clipping())
+        low_precision = engine.bfloat16_enabled()
+        wanted = "BF16_Optimizer" if low_precision and self.stage == 1 else _OPTIMIZERS[self.stage]
+        assert built == (self.stage, wanted, 0.0), built
+        assert low_precision or engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
+        batches = (
+            engine.train_batch_size(),
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+        )
+        assert batches == (plan.global_batch, plan.micro_batch, plan.passes_per_process), batches
+
+    def exchange(self, last: bool) -> AbstractContextManager:
+        """Tell DeepSpeed which pass ends the step."""
+        self.train_module.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, passes: int) -> None:
+        """DeepSpeed divides by the number of passes itself."""
+        self.train_module.backward(loss)
+
+    def bad_gradients(self) -> list[str]:
+        """Stage 0 has whole gradients; the sharded stages look at the norm of all in `step` and leave the step out."""
+        return super().bad_gradients() if self.stage == 0 else []
+
+    def step(self, lr: float) -> bool:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.train_module.step()
+        if self.stage == 3:  # where a layer had no gradient in a step, the next one would find the last one's here
+            self.train_module.optimizer.grad_partitions_flat_buffer.zero_()
+        return self.train_module.was_step_applied()
+
+    def weights(self) -> dict[str, Tensor]:
+        """From the float32 masters where the model itself has slices (stage 3) or bf16 copies."""
+        state = self.model.state_dict(keep_vars=True)
+        masters: dict[Tensor, Tensor] = {}
+        if self.train_module.bfloat16_enabled():
+            masters = dict(self.optimizer.layout.gather(lambda tensor: tensor.detach()))
+        elif self.stage == 3:
+            masters = dict(self._gathered())
+        whole = {}
+        for name, tensor in state.items():
+            shape = getattr(tensor, "ds_shape", tensor.shape)
+            whole[unwrapped_name(name)] = masters[tensor].view(shape) if tensor in masters else tensor.detach()
+        return whole
+
+    def _gathered(self) -> list[tuple[Tensor, Tensor]]:
+        """Whole copies of stage 3's weights, frozen ones too."""
+        from deepspeed import zero
+
+        copies = []
+        for p in self.model.parameters():
+            with zero.GatheredParameters([p]):
+                copies.append((p, p.detach().clone()))
+        return copies
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return super().optimizer_state()
+        state, whole = self.optimizer.state, {}
+        if not any(state.values()):
+            return {}
+        names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
+        for kind in self.optimizer.state_tensors:
+            for p, flat in self.optimizer.layout.gather(lambda tensor, kind=kind: state[tensor][kind]):
+                whole[self.optimizer.state_key(names[p], kind)] = flat.view(getattr(p, "ds_shape", p.shape))
+        return whole
+
+    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+        state, layout, key = self.optimizer.state, self.optimizer.layout, self.optimizer.state_key
+        if self.whole:
+            layout.scatter(self.whole.get, lambda tensor: tensor.detach())
+            self.whole = {}
+        if self.stage == 0 or not saved:
+            return super().load_optimizer_state(saved)
+        names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
+        for kind in self.optimizer.state_tensors:
+            for tensor in layout.pieces:
+                state[tensor][kind] = torch.zeros_like(tensor)
+            layout.scatter(
+                lambda p, kind=kind: saved.get(key(names[p], kind)), lambda tensor, kind=kind: state[tensor][kind]
+            )

@@ -1,0 +1,88 @@
+"""Top-1 and top-5 of exactly the whole split, the same at any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lars.data.index import Index
+from lars.data.loader import evaluation_batches
+from lars.data.source import BadImages
+from lars.engine.plain import Engine
+from lars.exact.reduction import OrderFreeSum
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores` are "loss", "top1", "top5" (per cent) and "images"; None if stopped, or if a process had no samples."""
+
+    scores: dict[str, float] | None
+    data_error: Exception | None = None  # why this process had none
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine,
+    recipe: Recipe,
+    index: Index,
+    plan: BatchPlan,
+    stopping: Callable[[int], bool],
+    stop: Callable[[], bool],
+) -> Evaluation:
+    """Loss, top-1 and top-5 over every image once.
+
+    The split is cut into chunks of `micro_batch` samples, the last one shorter; processes take chunks, so no sample is
+    padded or seen twice, and the chunks do not depend on the number of processes. All ask `stopping` before each
+    chunk; a process that waits for data asks `stop`.
+
+    Raises:
+        RuntimeError: the images counted are not the split's.
+        DataError: some of them cannot be decoded.
+        FloatingPointError: the loss is not finite.
+    """
+    chunk = plan.micro_batch
+    chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
+    mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
+    total = OrderFreeSum([], passes=1, floats=1, counts=5, device=engine.device)
+    engine.eval_module.eval()
+    batches = evaluation_batches(index, recipe, chunk, mine, engine.device)
+    batches.stop, data_error = stop, None
+    for turn in range(-(-chunks // processes)):
+        if stopping(turn):
+            batches.close()
+            return Evaluation(None, data_error)
+        if turn >= len(
+            mine
+        ):  # where a forward gathers weights all processes take part, also one whose chunks have ended
+            engine.logits(engine.eval_module, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
+            continue
+        first = mine[turn] * chunk
+        batch = batches.take(min(chunk, index.samples - first))
+        data_error = data_error or batch.data_error
+        labels = batch.labels.to(engine.device)
+        logits = engine.logits(engine.eval_module, batch.images)
+        total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        total.add_counts([int(hits[:, 0].sum()), int(hits.sum()), len(labels), batch.bad, data_error is not None])
+    batches.close()
+    engine.eval_module.train()
+    sums = total.finish()
+    top1, top5, images, bad, stand_ins = sums.counts
+    if stand_ins:
+        return Evaluation(None, data_error)
+    if bad:
+        raise BadImages(
+            f"{bad} images of the validation split cannot be decoded (named above), and its accuracy would be another "
+            "split's: repair the data, which is another run, so give another run_dir"
+        )
+    if sums.bad_floats:
+        raise FloatingPointError("the evaluation loss is not finite")
+    if images != index.samples:
+        raise RuntimeError(f"evaluated {images} images, but the split has {index.samples}")
+    shares = {"loss": float(sums.floats[0]) / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    return Evaluation({**shares, "images": images})

@@ -1,0 +1,89 @@
+"""Batch norm over groups of exactly `bn_group` consecutive slots, whatever the number of processes.
+
+The group is a property of the recipe (MLPerf's `model_bn_span`; Hoffer, Hubara, Soudry 2017 call it ghost batch norm).
+Running statistics do not move during a forward: the groups' means and unbiased variances of a whole step are averaged
+over all processes by the order-free sum and applied once per step, so that the buffers are equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d over groups of `bn_group` samples; in evaluation and in its state dict an ordinary one."""
+
+    def __init__(self, norm: nn.BatchNorm2d, bn_group: int) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.bn_group = bn_group
+        # timm's BatchNormAct2d is a batch norm that ends in a dropout and an activation
+        self.drop = getattr(norm, "drop", None)
+        self.act = getattr(norm, "act", None)
+        self.group_sums: Tensor | None = None  # (2, C): sums over this forward's groups of mean and unbiased variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        # DeepSpeed's bf16 section leaves float32 statistics beside bf16 weights, which torch does not mix.
+        if self.affine:
+            affine = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        else:
+            affine = None, None
+        if self.training:
+            x = self._normalise(x, *affine)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, *affine, False, 0.0, self.eps)
+        for module in (self.drop, self.act):
+            x = x if module is None else module(x)
+        return x
+
+    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        groups, sums = [], torch.zeros(2, self.num_features, dtype=torch.float64, device=x.device)
+        for group in x.split(self.bn_group):
+            # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
+            statistics = self.running_mean.new_zeros(2, self.num_features)
+            groups.append(F.batch_norm(group, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps))
+            sums += statistics
+        # Assigned, not added: activation checkpointing runs the forward again during backward.
+        self.group_sums = sums
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+    @torch.no_grad()
+    def update_running(self, mean: Tensor, variance: Tensor) -> None:
+        """One step of the running averages with the mean (C,) and variance (C,) of all groups of an optimizer step."""
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var), self.momentum)
+        self.num_batches_tracked += 1
+
+
+def convert(model: nn.Module, bn_group: int | None) -> list[GhostBatchNorm2d]:
+    """Replace every BatchNorm2d of the model and return the new ones in order.
+
+    Raises:
+        ValueError: the model has batch norm and the recipe no `bn_group` (or the reverse), or it has a kind of batch
+            norm whose groups cannot be controlled.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
+    for _, name, norm in found:
+        if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or not norm.track_running_stats:
+            raise ValueError(
+                f"{name}: {type(norm).__name__} cannot be cut into bn_group; use BatchNorm2d with running averages"
+            )
+    if found and bn_group is None:
+        raise ValueError(
+            f"the model has {len(found)} batch norms: say how many samples share statistics, as in bn_group=32"
+        )
+    if bn_group is not None and not found:
+        raise ValueError("the model has no batch norm: write bn_group=null")
+    ghosts = [GhostBatchNorm2d(norm, bn_group) for _, _, norm in found]
+    for (parent, name, _), ghost in zip(found, ghosts):
+        setattr(parent, name, ghost)
+    return ghosts

@@ -1,0 +1,118 @@
+"""The order-free sum: the same bits whatever the order or grouping of passes and processes.
+
+Floating-point addition depends on its order, integer addition does not. So a pass's gradient is multiplied by a power
+of two, rounded to an integer of 64 bits, and integers are what is added over passes and processes (`all_reduce`, any
+number of them). The rest of a step rides in the same message: batch-norm statistics, the loss, counters.
+
+Range and rounding. With V passes and elements below 2^RANGE_BITS the scale 2^(62 - RANGE_BITS - ceil(log2 V)) cannot
+overflow; each pass is rounded by at most half a unit of that scale. An element outside the range, an infinity or a NaN
+is counted under its parameter's name and never enters a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+RANGE_BITS = 14  # |gradient element of one pass| < 16,384
+_BAD = 1 << 32  # a parameter's count: passes that had a gradient, plus this for each that was out of range
+_HIGH_BITS, _LOW_BITS = 8, 48  # exact floats are stored as two integers, of 1/2^8 and of 1/2^48
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements converted at a time: in cache on a CPU, few launches on a GPU
+
+
+@dataclass
+class StepSums:
+    """What a whole step came to, over all passes of all processes."""
+
+    bad_gradients: list[str]  # parameters whose gradient was not finite or out of range in some pass
+    bad_floats: int  # numbers that were not finite (or beyond 2^40) and count as zero in `floats`
+    floats: Tensor  # float64, on the CPU
+    counts: list[int]
+
+
+class OrderFreeSum:
+    """Adds the passes of a step; `finish` adds the processes, writes mean gradients to `.grad` and starts anew.
+
+    Args:
+        parameters: (name, parameter) whose gradients are summed; empty where DDP sums them.
+        passes: V, the passes of a step over all processes.
+        floats: how many float64 numbers ride along (loss and statistics); each below 2^40 in size.
+        counts: how many integers ride along; they add modulo 2^64.
+    """
+
+    def __init__(
+        self, parameters: list[tuple[str, nn.Parameter]], passes: int, floats: int, counts: int, device: torch.device
+    ) -> None:
+        self.names = [name for name, _ in parameters]
+        self.parameters = [p for _, p in parameters]
+        self.passes = passes
+        self.scale = 2.0 ** (62 - RANGE_BITS - math.ceil(math.log2(passes)))
+        elements = sum(p.numel() for p in self.parameters)
+        sizes = [elements, len(self.parameters), floats, floats, 1, counts]
+        self.total = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.gradients, self.presence, self.high, self.low, self.bad, self.counts = self.total.split(sizes)
+        self.flat = torch.zeros(elements, device=device)  # float32: one pass's gradient, then the step's mean
+        chunk = min(_CHUNK.get(device.type, 1 << 17), max(elements, 1))
+        self.scratch_float = torch.empty(chunk, device=device)
+        self.scratch_int = torch.empty(chunk, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Add the gradient of one pass (of the mean over its samples) and clear it."""
+        if not self.parameters:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        largest = torch.stack(torch._foreach_norm(grads, math.inf))
+        present = torch.tensor([p.grad is not None for p in self.parameters], device=self.total.device)
+        self.presence += torch.where(largest < 2.0**RANGE_BITS, present.long(), _BAD)  # NaN compares false
+        torch.cat([g.reshape(-1) for g in grads], out=self.flat)
+        for values, total in zip(
+            self.flat.split(len(self.scratch_float)), self.gradients.split(len(self.scratch_float))
+        ):
+            rounded, whole = self.scratch_float[: len(values)], self.scratch_int[: len(values)]
+            torch.mul(values, self.scale, out=rounded)
+            total += whole.copy_(rounded.round_())
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def add_floats(self, values: Tensor) -> None:
+        """Add numbers of one pass as float64, each exact to 2^-49."""
+        values = values.double()
+        fits = values.abs() < 2.0**40
+        self.bad += (~fits).sum()
+        values = torch.where(fits, values, 0.0)
+        high = (values * 2.0**_HIGH_BITS).round()
+        self.high += high.long()
+        self.low += ((values - high / 2.0**_HIGH_BITS) * 2.0**_LOW_BITS).round().long()
+
+    def add_counts(self, values: list[int]) -> None:
+        """Add integers modulo 2^64."""
+        signed = [((value + 2**63) % 2**64) - 2**63 for value in values]
+        self.counts += torch.tensor(signed, dtype=torch.int64, device=self.total.device)
+
+    @torch.no_grad()
+    def finish(self) -> StepSums:
+        """Add over processes. Each `.grad` becomes the mean over the global batch (None if nobody had one)."""
+        if dist.is_initialized():
+            dist.all_reduce(self.total)
+        presence = self.presence.tolist()
+        bad_gradients = [name for name, count in zip(self.names, presence) if count >= _BAD]
+        if not bad_gradients:
+            for total, mean in zip(self.gradients.split(len(self.scratch_int)), self.flat.split(len(self.scratch_int))):
+                mean.copy_(total.double().mul_(1.0 / (self.scale * self.passes)))
+            views = self.flat.split([p.numel() for p in self.parameters])
+            for p, view, count in zip(self.parameters, views, presence):
+                mean = view.view_as(p)
+                if not p.is_contiguous():  # channels last: optimizers want the parameter's own strides
+                    mean = torch.empty_like(p).copy_(mean)
+                p.grad = mean if count else None
+        floats = self.high.double() / 2.0**_HIGH_BITS + self.low.double() / 2.0**_LOW_BITS
+        counts = [value % 2**64 for value in self.counts.tolist()]
+        sums = StepSums(bad_gradients, int(self.bad), floats.cpu(), counts)
+        self.total.zero_()
+        return sums

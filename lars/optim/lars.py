@@ -1,0 +1,287 @@
+"""LARS: a rate of its own for every weight tensor (You, Gitman, Ginsburg, arXiv 1708.03888).
+
+    ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)       1 where |w| or |g| is 0
+    paper:  v <- momentum * v + rate * ratio * (g + weight_decay * w);       w <- w - v
+    torch:  v <- momentum * v + ratio * (g + weight_decay * w);              w <- w - rate * v
+
+The modes differ whenever the rate changes: in the paper the velocity remembers the rates it was built with. MLPerf's
+hyperparameters were tuned with `paper`, timm's LARS and torch.optim.SGD compute `torch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lars.optim.base import Optimizer, ShardingError
+from lars.optim.key import NOT_NEGATIVE, POSITIVE, SHARE, key
+from lars.optim.norms import roots, tensor_norms, trust_ratios
+from lars.optim.registry import Keys, register
+
+MOMENTUM_MODES = ("paper", "torch")
+
+
+class LARS(Optimizer):
+    """LARS for any model: `LARS(model.parameters(), lr=...)` alone is right.
+
+    Tensors with at most one dimension (biases, norm scales and shifts) take plain momentum SGD without decay. A
+    parameter group that names `adapt` or `weight_decay` itself has it for all its tensors; a group that mixes
+    dimensions and leaves either open becomes two groups.
+
+    Args:
+        params: parameters or groups. `adapt=True` scales by the trust ratio, `adapt=False` is momentum SGD.
+        lr: the global rate; LARS rates are large (32 at batch 32,768), because the trust ratio is small.
+        trust_coefficient: the paper's eta.
+        eps: added to the denominator of the ratio; MLPerf uses 0.
+        momentum_mode: "paper" keeps the rate inside the velocity, "torch" outside.
+        decay_in_norm: False leaves `weight_decay * |w|` out of the ratio, as the LARS authors' own Caffe fork does.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ShardingError: from `step()`, if an engine has put flat slices in place of the tensors.
+    """
+
+    state_tensors = ("momentum_buffer",)
+    slices = "bound"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        momentum_mode: str = "paper",
+        decay_in_norm: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "momentum_mode": momentum_mode,
+            "decay_in_norm": decay_in_norm,
+            "adapt": None,
+        }
+        self.layout = None
+        self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
+        self._applied: dict[Tensor, tuple[Tensor, int]] = {}  # by the model's parameter: its group's ratios, its place
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shapes": self._shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle: it has to be bound anew."""
+        self.__dict__.setdefault("layout", None)
+        self.__dict__.setdefault("_applied", {})
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, split by dimension unless it says what to do with all its tensors."""
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        parts: dict[tuple[bool, float], list] = {}
+        for entry in given:
+            tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, tensor) is allowed
+            many = tensor.ndim > 1
+            adapt = many if param_group.get("adapt") is None else bool(param_group["adapt"])
+            decay = param_group.get("weight_decay", self.defaults["weight_decay"] if many else 0.0)
+            parts.setdefault((adapt, decay), []).append(entry)
+        for (adapt, decay), entries in parts.items() or [((True, 0.0), [])]:
+            group = {**param_group, "params": entries, "adapt": adapt, "weight_decay": decay}
+            super().add_param_group(group)
+            _check(self.param_groups[-1])
+            self._shapes.append([p.shape for p in self.param_groups[-1]["params"]])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; tensors without gradient are left alone. Rates are read from the groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.layout is None:
+            self.refuse_slices()
+        work = [(group, *self._tensors(group)) for group in self.param_groups]
+        ratios = self._ratios(work)
+        for (group, params, grads, velocities, layers), some_ratios in zip(work, ratios):
+            if some_ratios is not None:
+                owners = params if self.layout is None else [self.layout.parameters[layer] for layer in layers]
+                self._applied.update({p: (some_ratios, place) for place, p in enumerate(owners)})
+            if params:
+                self.update(params, grads, velocities, some_ratios, group)
+        return loss
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        velocities: list[Tensor],
+        ratios: Tensor | None,
+        group: dict[str, Any],
+    ) -> None:
+        """The rule, in place, for tensors or slices of one group; `ratios` is None where the group is not adapted."""
+        update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
+        update(params, grads, velocities, ratios, group)
+
+    def applied_ratios(self) -> dict[Tensor, float]:
+        """{model's parameter: trust ratio of its last update}, of adapted layers of which this process has a part."""
+        lists = {id(ratios): ratios.tolist() for ratios, _ in self._applied.values()}
+        return {p: lists[id(ratios)][place] for p, (ratios, place) in self._applied.items()}
+
+    def rule_of(self, group: dict[str, Any]) -> str:
+        return "LARS" if group["adapt"] else "momentum SGD"
+
+    def refuse_slices(self) -> None:
+        """Raise ShardingError if a group's tensors are not the ones that were given."""
+        shapes_now = [[p.shape for p in group["params"]] for group in self.param_groups]
+        if shapes_now != self._shapes:
+            raise ShardingError(
+                "a parameter group holds other tensors than LARS was given: an engine has put its flat slices in their "
+                "place, and norms of slices are not the layers' norms. Call lars.bind(model, optimizer) once after the "
+                "engine is built"
+            )
+
+    def _tensors(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        """Weights, gradients and velocities that this process updates, and the number of the layer each belongs to."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise ValueError("LARS has no rule for sparse gradients")
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        velocities = [self.state[p]["momentum_buffer"] for p in params]
+        if self.layout is None:
+            return params, [p.grad for p in params], velocities, []
+        cut = [
+            (layer, view(p), view(p.grad), view(v))
+            for p, v in zip(params, velocities)
+            for layer, view in self.layout.cut(p)
+        ]
+        layers, weights, grads, velocities = map(list, zip(*cut)) if cut else ([], [], [], [])
+        return weights, grads, velocities, layers
+
+    def _ratios(self, work: list[tuple]) -> list[Tensor | None]:
+        """For each group its tensors' trust ratios, None where it does not adapt; at most one all-reduce in all."""
+        norms = [
+            tensor_norms(params, grads) if group["adapt"] and params else None for group, params, grads, _, _ in work
+        ]
+        sliced = [group for group in self.param_groups if group["adapt"] and group["params"]]  # the same on all ranks
+        if self.layout is not None and sliced:
+            device = sliced[0]["params"][0].device
+            squares = torch.zeros(2, self.layout.layers, device=device)
+            for (*_, layers), some in zip(work, norms):
+                if some is not None:
+                    squares.index_add_(1, self.layout.index(layers, device), some.square())
+            whole = roots(self.layout.squared_norms(squares))
+            norms = [
+                None if some is None else whole.index_select(1, self.layout.index(layers, device))
+                for (*_, layers), some in zip(work, norms)
+            ]
+        return [None if some is None else trust_ratios(*some, group) for (group, *_), some in zip(work, norms)]
+
+
+def _fused_kernel_fits(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> bool:
+    """torch's kernel walks memory without looking at strides, and has no velocity at momentum 0."""
+    return group["momentum"] > 0 and all(
+        p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.stride() == g.stride()
+        for p, g in zip(params, grads)
+    )
+
+
+def _update_fused(
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
+) -> None:
+    """One memory pass over w, g and v, with torch's fused SGD kernel.
+
+    It computes v <- momentum v + (1 - dampening)(g + decay w); w <- w - lr v, so `dampening` carries the ratio, and
+    the rate too where it belongs inside the velocity.
+    """
+    inside = group["lr"] if group["momentum_mode"] == "paper" else 1.0
+    outside = 1.0 if group["momentum_mode"] == "paper" else group["lr"]
+    if ratios is None:
+        batches = [(params, grads, velocities, 1.0)]
+    else:
+        batches = [([p], [g], [v], r) for p, g, v, r in zip(params, grads, velocities, ratios.tolist())]
+    for some_params, some_grads, some_velocities, ratio in batches:
+        torch._fused_sgd_(
+            some_params,
+            some_grads,
+            some_velocities,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=outside,
+            dampening=1.0 - inside * ratio,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+def _update_foreach(
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
+) -> None:
+    """The rule in place with torch's list operations: any device and dtype; ratios never leave the device."""
+    paper, decay = group["momentum_mode"] == "paper", group["weight_decay"]
+    inside, outside = (group["lr"], 1.0) if paper else (1.0, group["lr"])
+    torch._foreach_mul_(velocities, group["momentum"])
+    if ratios is None:
+        torch._foreach_add_(velocities, grads, alpha=inside)
+        if decay:
+            torch._foreach_add_(velocities, params, alpha=inside * decay)
+    else:
+        scales = [r.to(v.dtype) for r, v in zip((inside * ratios).unbind(), velocities)]
+        torch._foreach_addcmul_(velocities, grads, scales)
+        if decay:
+            torch._foreach_addcmul_(velocities, params, scales, value=decay)
+    torch._foreach_sub_(params, velocities, alpha=outside)
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name, low, high in (
+        ("lr", 0.0, float("inf")),
+        ("momentum", 0.0, 1.0),
+        ("weight_decay", 0.0, float("inf")),
+        ("trust_coefficient", 0.0, float("inf")),
+        ("eps", 0.0, float("inf")),
+    ):
+        value = float(group[name])
+        if not low <= value < high:
+            raise ValueError(f"{name} must lie in [{low:g}, {high:g}), not {value:g}")
+    if group["trust_coefficient"] == 0:
+        raise ValueError("trust_coefficient must be positive: with 0 no adapted tensor would ever move")
+    if group["momentum_mode"] not in MOMENTUM_MODES:
+        raise ValueError(f"momentum_mode must be one of {', '.join(MOMENTUM_MODES)}, not {group['momentum_mode']!r}")
+
+
+@dataclass
+class MomentumKeys(Keys):
+    momentum: float = key("the share of the velocity that is kept", limit=SHARE)
+    momentum_mode: str = key("paper: the rate inside the velocity; torch: outside", choices=MOMENTUM_MODES)
+
+
+@dataclass
+class RatioKeys:
+    trust_coefficient: float = key("the paper's eta", limit=POSITIVE)
+    eps: float = key("added to the denominator of the trust ratio", 0.0, limit=NOT_NEGATIVE)
+    decay_in_norm: bool = key("false: the ratio without weight decay, as nvcaffe has it", True)
+    adapt_1d: bool = key("true: biases and norm scales are adapted and decayed too", False)
+
+
+@dataclass
+class LARSKeys(RatioKeys, MomentumKeys):
+    pass
+
+
+@register("lars", LARSKeys)
+def build(keys: LARSKeys, trained: list[torch.nn.Parameter], kind: type[LARS] = LARS) -> LARS:
+    every = [{"params": trained, "adapt": True, "weight_decay": keys.weight_decay}]
+    rule = {name: value for name, value in asdict(keys).items() if name not in ("name", "adapt_1d")}
+    return kind(every if keys.adapt_1d else trained, **rule)

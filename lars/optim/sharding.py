@@ -1,0 +1,251 @@
+"""Exact norms over an engine's slices: `bind` tells LARS which part of which layer each local tensor is.
+
+ZeRO gives an optimizer one flat partition per parameter group (or sub-group), and a norm of it is the norm of nothing
+(deepspeedai/DeepSpeed issues 88, 490, 1217). Bound, LARS takes the squared norms of its slices, layer by layer, adds
+them over the processes in one all-reduce per call of `step()`, and applies the rule to views of the partition.
+DeepSpeed calls `step()` once per parameter group, and stage 3 once per sub-group; groups that are not adapted exchange
+nothing, so LARS's default groups cost one all-reduce per optimizer step (stage 3: one per `sub_group_size` elements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from lars.optim.base import Optimizer, ShardingError
+
+View = Callable[[Tensor], Tensor]
+
+
+class Piece(NamedTuple):
+    """A slice of a layer: elements from `start` on of the flattened parameter."""
+
+    layer: int
+    start: int
+    view: View  # cuts the slice out of the engine's tensor, its gradient or its velocity
+
+
+@dataclass
+class Layout:
+    """Where the slices of layers stand in the tensors that an engine's optimizer holds."""
+
+    group: dist.ProcessGroup | None
+    parameters: list[Tensor] = field(default_factory=list)  # the model's own, one for each layer
+    sizes: list[int] = field(default_factory=list)  # their elements
+    pieces: dict[Tensor, list[Piece]] = field(default_factory=dict)  # by the engine's tensor
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return len(self.parameters)
+
+    def cut(self, tensor: Tensor) -> list[tuple[int, View]]:
+        """The slices in one of the optimizer's tensors; those without elements are left out."""
+        if tensor not in self.pieces:
+            raise ShardingError("an engine has put a tensor into LARS that was not there at bind: bind again")
+        return [(piece.layer, piece.view) for piece in self.pieces[tensor]]
+
+    def index(self, layers: list[int], device: torch.device) -> Tensor:
+        """Layer numbers as a tensor, kept: to make one anew in each step would be a copy that a GPU has to wait for."""
+        key = tuple(layers)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(layers, device=device)
+        return self._indices[key]
+
+    def squared_norms(self, squares: Tensor) -> Tensor:
+        """Sum over processes, shape (2, layers): squared norms of weights and of gradients, in float32."""
+        dist.all_reduce(squares, group=self.group)
+        return squares
+
+    def gather(self, value_of: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(model's parameter, whole flat value) for each layer, on all processes; iterate to the end on each.
+
+        Args:
+            value_of: from one of the optimizer's float32 tensors to the tensor wanted: itself, or its velocity.
+        """
+        held: dict[int, list[tuple[Tensor, Piece]]] = {}
+        for tensor, pieces in self.pieces.items():
+            for piece in pieces:
+                held.setdefault(piece.layer, []).append((tensor, piece))
+        device = next(iter(self.pieces)).device
+        for layer, (parameter, size) in enumerate(zip(self.parameters, self.sizes)):
+            whole = torch.zeros(size, device=device)
+            for tensor, piece in held.get(layer, []):
+                part = piece.view(value_of(tensor))
+                whole[piece.start : piece.start + part.numel()] = part
+            dist.all_reduce(whole.view(torch.int32), group=self.group)  # bits, so that -0.0 stays -0.0
+            yield parameter, whole
+
+    def scatter(self, whole_of: Callable[[Tensor], Tensor | None], value_of: Callable[[Tensor], Tensor]) -> None:
+        """The reverse of `gather`: cut this process's slices out of whole values (None leaves a layer as it is)."""
+        for tensor, pieces in self.pieces.items():
+            for layer, start, view in pieces:
+                whole = whole_of(self.parameters[layer])
+                if whole is not None:
+                    part = view(value_of(tensor))
+                    part.copy_(whole.reshape(-1)[start : start + part.numel()])
+
+
+def bind(model: nn.Module, optimizer: Any) -> None:
+    """Tell `optimizer` where the engine that `model` is keeps its slices: LARS then has the norms of whole layers.
+
+    Args:
+        model: what `accelerator.prepare` or `deepspeed.initialize` returned, a DDP or FSDP2 module, or a plain module.
+        optimizer: the LARS (or another `lars.optim.base.Optimizer`), or what an engine wrapped around it.
+
+    Raises:
+        ShardingError: the layout cannot be made exact (optimizer offload), is not the one this code knows, or the rule
+            needs whole tensors.
+        TypeError: there is no LARS inside `optimizer`.
+    """
+    rule = _unwrap(optimizer)
+    zero = getattr(model, "optimizer", None) if hasattr(model, "zero_optimization_stage") else None
+    tensors = [p for group in rule.param_groups for p in group["params"]]
+    sharded = zero is not None and zero is not rule
+    if rule.slices == "refused" and (sharded or any(isinstance(p, DTensor) for p in tensors)):
+        raise ShardingError(f"{type(rule).__name__} needs whole tensors: train it with plain data parallel or DDP")
+    if sharded:
+        rule.layout = _of_deepspeed(zero)
+    elif any(isinstance(p, DTensor) for p in tensors):
+        rule.layout = _of_dtensors(tensors)
+    else:
+        rule.layout = None
+        rule.refuse_slices()
+
+
+def _unwrap(optimizer: Any) -> Optimizer:
+    """What is inside accelerate's and DeepSpeed's wrappers, which all call what they wrap `optimizer`."""
+    while not isinstance(optimizer, Optimizer):
+        if getattr(optimizer, "optimizer", None) is None:
+            raise TypeError(f"bind needs a lars.LARS, and there is none in {type(optimizer).__name__}")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _of_deepspeed(zero: Any) -> Layout:
+    """The layout of DeepSpeed's own optimizer, read from the attributes that its stages keep."""
+    if any(getattr(zero, flag, False) for flag in ("cpu_offload", "offload_optimizer", "swap_optimizer")):
+        raise ShardingError(
+            "the optimizer is offloaded, where DeepSpeed steps on copies: set offload_optimizer to none"
+        )
+    readers = {
+        "DeepSpeedZeroOptimizer": _of_stage_1_or_2,
+        "DeepSpeedZeroOptimizer_Stage3": _of_stage_3,
+        "BF16_Optimizer": _of_bf16_stage_1,
+    }
+    name = type(zero).__name__
+    if name not in readers:
+        raise ShardingError(f"{name} of {_deepspeed_version()} is not a layout that LARS knows")
+    try:
+        group, slices = readers[name](zero)
+        slices = list(slices)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ShardingError(f"{name} of {_deepspeed_version()} is not laid out as LARS knows it: {error}") from error
+    layout = Layout(group)
+    numbers: dict[Tensor, int] = {}
+    for flat, parameter, size, flat_start, start, length in slices:
+        layer = numbers.setdefault(parameter, len(numbers))
+        if layer == layout.layers:
+            layout.parameters.append(parameter)
+            layout.sizes.append(size)
+        pieces = layout.pieces.setdefault(flat, [])
+        if length:
+            pieces.append(Piece(layer, start, lambda t, a=flat_start, n=length: t.view(-1).narrow(0, a, n)))
+    _check_complete(layout, name)
+    return layout
+
+
+def _check_complete(layout: Layout, name: str) -> None:
+    """All processes together must hold every element of every layer exactly once."""
+    held = torch.zeros(2, layout.layers, dtype=torch.int64)
+    for tensor, pieces in layout.pieces.items():
+        for layer, start, view in pieces:
+            length = view(tensor).numel()
+            held[:, layer] += torch.tensor([length, length * (2 * start + length - 1) // 2])  # count, sum of positions
+    held = held.to(next(iter(layout.pieces)).device)
+    dist.all_reduce(held, group=layout.group)
+    if held.tolist() != [layout.sizes, [n * (n - 1) // 2 for n in layout.sizes]]:
+        raise ShardingError(f"{name} of {_deepspeed_version()} does not hold every weight once: its layout has changed")
+
+
+# flat tensor, parameter, its elements; where the slice starts in the flat tensor and in the parameter; its length
+Slice = tuple[Tensor, Tensor, int, int, int, int]
+
+
+def _overlap(flat: Tensor, p: Tensor, offset: int, begin: int) -> Slice:
+    """The part of a parameter at `offset` of a group's buffer that lies in the partition [begin, begin + len(flat))."""
+    first, last = max(offset, begin), min(offset + p.numel(), begin + flat.numel())
+    return flat, p, p.numel(), max(first - begin, 0), max(first - offset, 0), max(last - first, 0)
+
+
+def _of_stage_1_or_2(zero: Any) -> tuple[Any, Iterator[Slice]]:
+    def slices() -> Iterator[Slice]:
+        for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+            begin = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
+            # The order in the buffer is the round-robin one; `_hp_mapping` follows it only where there is padding.
+            for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+                yield _overlap(flat, p, offset, begin)
+
+    return zero.real_dp_process_group[0], slices()
+
+
+def _of_bf16_stage_1(zero: Any) -> tuple[Any, Iterator[Slice]]:
+    """DeepSpeed's `bf16` section on stage 1 with float32 accumulation: bf16 weights, float32 masters in partitions."""
+
+    def slices() -> Iterator[Slice]:
+        for i, flat in enumerate(zero.fp32_groups_flat_partition):
+            begin, offset = dist.get_rank(zero.real_dp_process_group[i]) * flat.numel(), 0
+            for p in zero.bf16_groups[i]:
+                yield _overlap(flat, p, offset, begin)
+                offset += p.numel()
+
+    return zero.real_dp_process_group[0], slices()
+
+
+def _of_stage_3(zero: Any) -> tuple[Any, Iterator[Slice]]:
+    group = zero.dp_process_group
+
+    def slices() -> Iterator[Slice]:
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            offset = 0
+            for p in parameters:
+                part = p.partition_numel()
+                start = dist.get_rank(group) * part
+                held = min(max(p.ds_numel - start, 0), part)  # the rest is padding
+                yield flat, p, p.ds_numel, offset, start, held
+                offset += part
+
+    return group, slices()
+
+
+def _of_dtensors(tensors: list[Tensor]) -> Layout:
+    """FSDP2: DTensor's own norms are exact too, at two collectives per tensor; here it is one for all."""
+    meshes = {p.device_mesh for p in tensors if isinstance(p, DTensor)}
+    if len(meshes) != 1 or not all(isinstance(p, DTensor) for p in tensors):
+        raise ShardingError(
+            "some parameters are sharded over one device mesh and some are not: shard the whole model on one"
+        )
+    sharded = {tuple(i for i, place in enumerate(p.placements) if isinstance(place, Shard)) for p in tensors}
+    if (
+        len(sharded) != 1
+        or len(next(iter(sharded))) != 1
+        or any(place.is_partial() for p in tensors for place in p.placements)
+    ):
+        raise ShardingError("parameters must be sharded over exactly one dimension of the device mesh")
+    layout = Layout(next(iter(meshes)).get_group(next(iter(sharded))[0]), tensors, [p.numel() for p in tensors])
+    for layer, p in enumerate(tensors):
+        # `start` is for flat slices only; whole DTensors come from `full_tensor`
+        layout.pieces[p] = [Piece(layer, 0, lambda t: t.to_local())] if p.to_local().numel() else []
+    return layout
+
+
+def _deepspeed_version() -> str:
+    import deepspeed
+
+    return f"DeepSpeed {deepspeed.__version__}"

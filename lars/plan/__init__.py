@@ -1,0 +1,1 @@
+"""What a recipe will take on a cluster, before anybody pays for it."""

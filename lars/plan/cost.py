@@ -1,0 +1,215 @@
+"""What a step costs on a cluster, from counts: arithmetic, memory traffic, messages, decoding. Nothing is measured.
+
+Arithmetic and memory are a roofline: an image takes the longer of 3 x its forward's flops at the device's rate and of
+`memory_passes` x the bytes that the forward keeps; each tensor operation of a pass adds `seconds_per_operation`.
+Messages cost latency + bytes / bandwidth (alpha-beta; Thakur, Rabenseifner, Gropp 2005).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lars.engine.memory import activation_bytes
+from lars.plan.cluster import Cluster, Device, Link
+from lars.recipe.refusal import RecipeError, one_line
+
+BACKWARD = 3  # forward and backward in units of the forward: the backward takes one for inputs, one for weights
+# Memory traffic per weight and pass of the order-free sum (reduction.py: norm, copy, scale, round, convert, add).
+SUM_BYTES = 60
+UPDATE_BYTES = 28  # per weight and step of LARS: seven streams of 4 bytes (norms read weight and gradient again)
+INTEGER_BYTES, FLOAT_BYTES = 8, 4  # an element on the wire: the order-free sum, DDP
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a model, for one image of one size; a multiply-add is 2 flops."""
+
+    flops: float  # forward
+    kept_bytes: float  # what a float32 forward keeps for the backward
+    operations: int  # tensor operations of the forward of a whole pass
+    weights: int
+
+
+RESNET50 = Counts(flops=8_178_368_512, kept_bytes=85_912_824, operations=283, weights=25_557_032)
+"""timm's resnet50 at 224 pixels: what a measured `images_per_second` is about."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run: what a recipe asks for, split into passes."""
+
+    counts: Counts
+    samples: int
+    validation: int
+    epochs: float
+    global_batch: int
+    micro_batch: int
+    precision: str
+    wire_bytes: float  # per gradient element
+    overlap: bool  # whether the exchange hides behind the last pass's backward (DDP)
+    sums_passes: bool  # whether each pass goes through the order-free sum
+    image_bytes: float  # an encoded image; 0 where reading and decoding are left out
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step of one device."""
+
+    compute: float
+    summing: float  # the order-free sum's own memory traffic
+    communication: float  # what is not hidden
+    update: float
+    data: float  # reading and decoding the step's images
+    decodes: bool  # on the cores that compute
+
+    @property
+    def seconds(self) -> float:
+        """Images are decoded ahead by other cores, or by the same ones."""
+        busy = self.compute + self.summing + self.communication + self.update
+        return busy + self.data if self.decodes else max(busy, self.data)
+
+    def share(self, part: str) -> float:
+        return getattr(self, part) / self.seconds
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest of its parts; the order-free sum is part of exchanging gradients."""
+        parts = {
+            "compute": self.compute + self.update,
+            "communication": self.communication + self.summing,
+            "data": self.data,
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+class _Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def count(model: nn.Module, images: int, size: int) -> Counts:
+    """Count a forward of `images` images in training mode, on tensors without storage.
+
+    Raises:
+        RecipeError: the model looks at its numbers, or cannot take images of that size.
+    """
+    try:
+        kept = activation_bytes(model, (images, 3, size, size))
+        with FlopCounterMode(display=False) as flops:
+            operations = count_operations(model, images, size)
+    except Exception as error:  # each model has its own
+        what = f"counted without numbers, on images of {size} pixels"
+        raise RecipeError(f"the model cannot be {what}: {one_line(error)}") from None
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Counts(flops.get_total_flops() / images, kept / images, operations, weights)
+
+
+def count_operations(model: nn.Module, images: int, size: int) -> int:
+    """Tensor operations of one forward: with batch-norm groups they grow with the images."""
+    shadow = {n: torch.empty_like(t, device="meta") for n, t in (*model.named_parameters(), *model.named_buffers())}
+    with _Operations() as operations, torch.no_grad():
+        functional_call(model, shadow, (torch.empty((images, 3, size, size), device="meta"),))
+    return operations.count
+
+
+def scaled(counts: Counts, size: float, counted: float) -> Counts:
+    """The same convolutions on images of another size: flops and kept bytes follow the pixels."""
+    ratio = (size / counted) ** 2
+    return replace(counts, flops=counts.flops * ratio, kept_bytes=counts.kept_bytes * ratio)
+
+
+def image_seconds(device: Device, counts: Counts, precision: str) -> float:
+    """Training on one image, without the cost per operation."""
+    seconds = _roofline(device, counts, precision)
+    if device.images_per_second:  # measured on ResNet-50: keep the roofline's ratio between models, not its level
+        used = "bf16" if "bf16" in device.peak else "fp32"
+        seconds *= 1 / device.images_per_second / _roofline(device, RESNET50, used)
+    return seconds
+
+
+def _roofline(device: Device, counts: Counts, precision: str) -> float:
+    used = precision if precision in device.peak else "fp32"
+    kept = counts.kept_bytes / (2 if used == "bf16" else 1)
+    arithmetic = BACKWARD * counts.flops / (device.efficiency * device.peak[used])
+    return max(arithmetic, device.memory_passes * kept / device.memory_bandwidth)
+
+
+def ring_seconds(size: float, members: int, link: Link) -> float:
+    """All-reduce of `size` bytes in a ring: each member sends 2 (p - 1) messages of size / p."""
+    return 2 * (members - 1) * (link.seconds + size / members / link.bytes_per_second)
+
+
+def halving_doubling_seconds(size: float, members: int, link: Link) -> float:
+    """The same bytes in 2 log2(p) messages; members beyond a power of two send theirs to a partner, and get it back."""
+    if members == 1:
+        return 0.0
+    power = 2 ** math.floor(math.log2(members))
+    extra = 0.0 if members == power else 2 * (link.seconds + size / link.bytes_per_second)
+    return extra + 2 * math.log2(power) * link.seconds + 2 * (power - 1) / power * size / link.bytes_per_second
+
+
+def all_reduce_seconds(size: float, cluster: Cluster) -> float:
+    """The fastest known way: a ring over all devices, or reduce-scatter in nodes, all-reduce between, gather in nodes.
+
+    A node's devices share its network. In the second way each sends 1 / d of the bytes over it.
+    """
+    inside = min(cluster.devices, cluster.node.devices)
+    if cluster.nodes == 1:
+        return min(way(size, inside, cluster.link) for way in (ring_seconds, halving_doubling_seconds))
+    between = min(way(size, cluster.nodes, cluster.network) for way in (ring_seconds, halving_doubling_seconds))
+    slowest = min(cluster.link.bytes_per_second, cluster.network.bytes_per_second)
+    flat = ring_seconds(size, cluster.devices, Link(slowest, max(cluster.link.seconds, cluster.network.seconds)))
+    return min(flat, ring_seconds(size, inside, cluster.link) + between)
+
+
+def step_of(work: Work, cluster: Cluster) -> Step:
+    """One optimizer step as the loop in recipes/train.py plays it."""
+    device, counts = cluster.device, work.counts
+    images = work.global_batch / cluster.devices
+    passes = images / work.micro_batch
+    compute = images * image_seconds(device, counts, work.precision)
+    compute += passes * BACKWARD * counts.operations * device.seconds_per_operation
+    exchange = all_reduce_seconds(work.wire_bytes * counts.weights, cluster) if cluster.devices > 1 else 0.0
+    hidden = compute / passes * (BACKWARD - 1) / BACKWARD if work.overlap else 0.0
+    return Step(
+        compute=compute,
+        summing=passes * SUM_BYTES * counts.weights / device.memory_bandwidth if work.sums_passes else 0.0,
+        communication=max(0.0, exchange - hidden),
+        update=UPDATE_BYTES * counts.weights / device.memory_bandwidth,
+        data=images * _data_seconds(work, cluster),
+        decodes=device.decodes,
+    )
+
+
+def evaluation_seconds(work: Work, cluster: Cluster) -> float:
+    """One evaluation: forwards of the validation split in passes of `micro_batch`, whole passes on each device."""
+    images = math.ceil(work.validation / work.micro_batch / cluster.devices) * work.micro_batch
+    forward = images * image_seconds(cluster.device, work.counts, work.precision) / BACKWARD
+    forward += images / work.micro_batch * work.counts.operations * cluster.device.seconds_per_operation
+    data = images * _data_seconds(work, cluster)
+    return forward + data if cluster.device.decodes else max(forward, data)
+
+
+def decoders(cluster: Cluster) -> int:
+    """Decoding threads of a device: its share of the cores less one, at most 16 (`data.workers` in config.py)."""
+    return max(1, min(16, cluster.node.cores // cluster.node.devices - 1))
+
+
+def _data_seconds(work: Work, cluster: Cluster) -> float:
+    """Of one device, per image: the slower of decoding and reading."""
+    if not work.image_bytes:
+        return 0.0
+    node = cluster.node
+    share = cluster.node.cores / cluster.node.devices if cluster.device.decodes else decoders(cluster)
+    decode = (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / share
+    return max(decode, work.image_bytes * min(cluster.devices, node.devices) / node.storage_bytes_per_second)

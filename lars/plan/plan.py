@@ -1,0 +1,237 @@
+"""`lars plan RECIPE CLUSTER [key=value ...]`: how long a recipe takes on a cluster, before anybody pays for it.
+
+CLUSTER is a file of launch/clusters/ (or your own). It prints time, steps, passes, memory, bottleneck, cost, and the
+command that starts the run: the launch file and the largest `runtime.micro_batch` that fits. `--json` is for scripts.
+`--devices 8,16,64` plans for several numbers of such devices, `--picture FILE` draws them. Nothing is trained or
+downloaded. How far off the model is: launch/clusters/README.md. Exit status 2, with one line, for what cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lars.engine.build import build_model
+from lars.engine.memory import DDP_BYTES, PLAIN_BYTES
+from lars.plan.cluster import USABLE, Cluster, load_cluster
+from lars.plan.cost import (
+    FLOAT_BYTES,
+    INTEGER_BYTES,
+    Counts,
+    Step,
+    Work,
+    count,
+    count_operations,
+    evaluation_seconds,
+    step_of,
+)
+from lars.plan.render import draw, report, sweep_table
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Recipe
+from lars.recipe.model_file import import_model_file
+from lars.recipe.refusal import RecipeError
+
+KNOWN_DATA = {"ILSVRC/imagenet-1k": (1_281_167, 50_000, 110_000)}
+"""Training and validation samples, bytes of an encoded image (140 GB in all, remembered); it need not be opened."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One recipe on one cluster."""
+
+    recipe: Recipe
+    cluster: Cluster
+    batch: BatchPlan
+    work: Work
+    step: Step
+    state_bytes: int
+    activation_bytes: int
+    fits: bool
+
+    @property
+    def steps(self) -> int:
+        return min(self.batch.steps, self.recipe.max_steps or self.batch.steps)
+
+    @property
+    def evaluations(self) -> int:
+        return len({min(step, self.steps) for step in self.batch.evaluation_steps()})
+
+    @property
+    def seconds(self) -> float:
+        """Steps and evaluations; start-up and checkpoints are not in it."""
+        return self.steps * self.step.seconds + self.evaluations * evaluation_seconds(self.work, self.cluster)
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the steps, as metrics.jsonl counts it."""
+        return self.recipe.global_batch / self.step.seconds
+
+    @property
+    def bottleneck(self) -> str:
+        return self.step.bottleneck if self.fits else "memory"
+
+    @property
+    def cost(self) -> float | None:
+        price = self.cluster.price_per_device_hour
+        return None if price is None else self.seconds / 3600 * self.cluster.devices * price
+
+    def command(self, file: Path, overrides: list[str]) -> str:
+        """What starts it; on several machines it is started on each."""
+        if self.cluster.launch is None:
+            return f"nothing here runs on {self.cluster.device.name}"
+        where = f"on each of {self.cluster.nodes} machines: " if self.cluster.nodes > 1 else ""
+        machines = (
+            f" --num_machines {self.cluster.nodes} --machine_rank RANK --main_process_ip HOST --main_process_port 29500"
+        )
+        given = [key for key in overrides if not key.startswith("runtime.micro_batch=")]
+        keys = [*given, f"runtime.micro_batch={self.batch.micro_batch}", *self.cluster.device.settings]
+        return (
+            f"{where}accelerate launch --config_file launch/{self.cluster.launch}.yaml"
+            f" --num_processes {self.cluster.devices}{machines if self.cluster.nodes > 1 else ''}"
+            f" recipes/train.py --config {file} {' '.join(keys)}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The six numbers that scripts rely on, and `details`."""
+        return {
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "passes_per_device": self.batch.passes_per_process,
+            "images_per_second": self.images_per_second,
+            "memory_bytes_per_device": self.state_bytes + self.activation_bytes,
+            "bottleneck": self.bottleneck,
+            "details": {
+                "devices": self.cluster.devices,
+                "micro_batch": self.batch.micro_batch,
+                "launch": self.cluster.launch,
+                "step_seconds": self.step.seconds,
+                "compute_seconds": self.step.compute,
+                "update_seconds": self.step.update,
+                "summing_seconds": self.step.summing,
+                "communication_seconds": self.step.communication,
+                "data_seconds": self.step.data,
+                "evaluation_seconds": self.evaluations * evaluation_seconds(self.work, self.cluster),
+                "cost": self.cost,
+            },
+        }
+
+
+def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
+    """Count the model, choose the passes, add up.
+
+    Raises:
+        RecipeError: the devices do not divide the passes, whatever the micro_batch; the data cannot be looked at.
+    """
+    samples, validation, image_bytes = data_of(recipe)
+    model, _ = build_model(recipe)
+    if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    group, size = recipe.bn_group or 1, recipe.model.image_size
+    counts = count(model, group, size)
+    summed = recipe.runtime.deterministic or cluster.devices == 1
+    state = (PLAIN_BYTES if summed else DDP_BYTES) * counts.weights
+    room = USABLE * cluster.device.memory_bytes - state
+    batch = choose_passes(recipe, samples, cluster.devices, int(room // _activations(recipe, counts, 1)))
+    counts = replace(counts, operations=count_operations(model, batch.micro_batch, size))
+    work = Work(
+        counts=counts,
+        samples=samples,
+        validation=validation,
+        epochs=recipe.epochs,
+        global_batch=recipe.global_batch,
+        micro_batch=batch.micro_batch,
+        precision=recipe.precision,
+        wire_bytes=INTEGER_BYTES if recipe.runtime.deterministic else FLOAT_BYTES,
+        overlap=not recipe.runtime.deterministic,
+        sums_passes=summed,
+        image_bytes=image_bytes,
+    )
+    activations = round(_activations(recipe, counts, batch.micro_batch))
+    return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)
+
+
+def choose_passes(recipe: Recipe, samples: int, devices: int, images_that_fit: int) -> BatchPlan:
+    """The recipe's micro_batch, or the largest multiple of bn_group that fits and lets `devices` divide the passes.
+
+    Where not even the smallest fits, that one: the plan then says so.
+    """
+    group, batch = recipe.bn_group or 1, recipe.global_batch
+    most = batch // devices if batch <= samples else 0  # a larger batch is refused below
+    allowed = [m for m in range(group, most + 1, group) if batch % (m * devices) == 0]
+    if recipe.runtime.micro_batch is None:
+        best = max((m for m in allowed if m <= images_that_fit), default=min(allowed, default=group))
+        recipe = replace(recipe, runtime=replace(recipe.runtime, micro_batch=best))
+    return BatchPlan.of(recipe, samples, devices)
+
+
+def data_of(recipe: Recipe) -> tuple[int, int, float]:
+    """Training and validation samples, mean bytes of an encoded training image."""
+    if (place := recipe.data.place) in KNOWN_DATA:
+        return KNOWN_DATA[place]
+    if not os.path.isdir(place):
+        raise RecipeError(
+            f"data.path={recipe.data.path}: the plan knows {', '.join(KNOWN_DATA)} and local folders, "
+            "give data.path=FOLDER"
+        )
+    from lars.data.index import build_indexes
+
+    train, val = build_indexes(recipe.data, recipe.model.num_classes)
+    return train.samples, val.samples, sum(map(os.path.getsize, train.files)) / train.samples
+
+
+def _activations(recipe: Recipe, counts: Counts, images: int) -> float:
+    """As in `lars.engine.memory.memory_line`: a bf16 pass keeps half of what a float32 one does."""
+    return counts.kept_bytes * images / (2 if recipe.precision == "bf16" else 1)
+
+
+def with_devices(cluster: Cluster, devices: int) -> Cluster:
+    """As many devices of the same kind, in nodes of the same kind."""
+    size = cluster.node.devices
+    if devices < 1 or devices > size and devices % size:
+        full = max(1, devices // size) * size
+        raise RecipeError(f"{devices} devices do not fill nodes of {size}: use {full} or {full + size}")
+    return replace(cluster, devices=devices, name=f"{devices:,} x {cluster.device.name}")
+
+
+def _numbers(text: str) -> list[int]:
+    return sorted({int(part) for part in text.split(",")})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("cluster", type=Path, metavar="CLUSTER")
+    parser.add_argument("--json", action="store_true", help="one object, or a list with --devices")
+    parser.add_argument("--devices", type=_numbers, metavar="8,16,...", help="plan for these numbers of devices")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --devices: draw time and efficiency")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe, as in bn_group=16")
+    args = parser.parse_intermixed_args(arguments)
+    if args.picture and not args.devices:
+        parser.error("--picture draws a sweep: add --devices 8,16,64")
+    try:
+        import_model_file(args.recipe.parent)
+        recipe = config.load(args.recipe, args.overrides)
+        cluster = load_cluster(args.cluster)
+        clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]
+        plans = [make_plan(recipe, each) for each in clusters]
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps([p.as_dict() for p in plans] if args.devices else plans[0].as_dict(), indent=1))
+    else:
+        print(sweep_table(plans) if args.devices else report(plans[0], args.recipe, args.overrides))
+    if args.picture:
+        draw(plans, args.picture)
+        print(f"picture: {args.picture}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

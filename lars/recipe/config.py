@@ -1,0 +1,175 @@
+"""The typed recipe: one YAML file and `key=value` overrides; a typo, a wrong type or a missing key is an error.
+
+`keys.py` says what keys there are; a recipe has to give those that have no neutral value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lars.optim.registry import Entry, optimizers
+from lars.recipe import limits, pretrained, strict_yaml
+from lars.recipe.keys import RENAMED, VARIABLE, Recipe, all_declared, fixing
+from lars.recipe.refusal import RecipeError, did_you_mean, hide, one_line, unknown_key
+
+_OTHER_KEY = re.compile(r"\$\{[\w.]+\}")
+
+
+def load(path: str | Path, overrides: list[str]) -> Recipe:
+    """Read a recipe, apply `key=value` overrides, check names, types and numbers.
+
+    Raises:
+        RecipeError: one line with the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe at {path}{did_you_mean(str(path), [str(p) for p in Path().glob('recipes/*/*.yaml')])}"
+        )
+    written, lines = strict_yaml.read(path, "a recipe")
+    parts = [(str(path), written, lines)] + [(item, _override(item), {}) for item in overrides]
+    config = OmegaConf.structured(Recipe)
+    if entry := _optimizer([part for _, part, _ in parts]):
+        config.optimizer = entry.keys
+    for source, part, places in parts:
+        _check_references(OmegaConf.to_container(part), source, places)
+        if part is written and _written_path(part).startswith("."):
+            part.data.path = str((path.parent / _written_path(part)).resolve())
+        try:
+            config.merge_with(part)
+            if source.startswith("model.kwargs="):  # an override sets, it does not add
+                config.model.kwargs = part.model.kwargs
+        except OmegaConfBaseException as error:
+            raise RecipeError(_explain(error, source, places)) from None
+    if "${oc.env:" in (place := _written_path(config)):
+        config.data.path = place.replace("${", "$ {")  # no key may resolve it, not even by way of ${data.path}
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe gives every key that has no neutral value")
+        recipe = OmegaConf.to_object(config)
+        flat = flatten(recipe)
+    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere, a list in a list
+        raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
+    if "${oc.env:" in place:
+        recipe.data.path = place
+        for name, _ in VARIABLE.findall(place):
+            hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
+    limits.check(recipe, flat)
+    recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}/seed-{recipe.seed}"
+    recipe.model.weights_sha256 = pretrained.content(recipe.model.kwargs, recipe.model.weights_sha256)
+    return recipe
+
+
+def _optimizer(parts: list[DictConfig]) -> Entry | None:
+    """The optimizer that is named last; old names of keys, and keys of other optimizers, are put right in `parts`.
+
+    A key of another optimizer is left out where it is null, as recipes for sgd used to have it, or where a later part
+    names this optimizer instead of the file's own.
+
+    Raises:
+        RecipeError: nobody has registered it.
+    """
+    known, named = optimizers(), []
+    for part in parts:
+        for old, new in RENAMED.items():
+            if old in part:
+                part[new] = part.pop(old)
+        keys = OmegaConf.to_container(part).get("optimizer")
+        named.append(keys.get("name") if isinstance(keys, dict) else None)
+    name = next((name for name in reversed(named) if name is not None), None)
+    if name is not None and name not in known:
+        remedy = f"use {' or '.join(known)}{did_you_mean(str(name), list(known))}"
+        raise RecipeError(f"optimizer.name={name} is unknown: {remedy}")
+    if name is None and any(isinstance(OmegaConf.to_container(part).get("optimizer"), dict) for part in parts):
+        raise RecipeError(f"the recipe lacks optimizer.name: use {' or '.join(known)}")
+    entry = known.get(name)
+    own = {one.name for one in fields(entry.keys)} if entry else set()
+    others = {one.name for other in known.values() for one in fields(other.keys)} - own
+    for part, here in zip(parts, named) if entry else ():
+        keys = OmegaConf.to_container(part).get("optimizer")
+        for key in others & keys.keys() if isinstance(keys, dict) else ():
+            if keys[key] is None or here not in (None, name):
+                del part.optimizer[key]
+    return entry
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """{"model.name": ..., "global_batch": ...}; lists and `model.kwargs` are values, not further levels."""
+    return one_level(OmegaConf.to_container(OmegaConf.structured(recipe)))
+
+
+def one_level(nested: dict[str, Any]) -> dict[str, Any]:
+    """{"model.name": ...} of {"model": {"name": ...}}; what lies deeper is a value."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def trajectory(recipe: Recipe) -> dict[str, Any]:
+    """The flat keys that fix the run."""
+    return fixing(flatten(recipe))
+
+
+def shared(recipe: Recipe) -> dict[str, Any]:
+    """The flat keys that all processes need alike: not where a node keeps its things, nor how fast it reads."""
+    own = ("name", "run_dir", "data.path", "data.workers", "data.retry_seconds", "trackers")
+    return {k: v for k, v in flatten(recipe).items() if k not in own}
+
+
+def _override(item: str) -> DictConfig:
+    if "=" not in item or item.startswith("-"):
+        raise RecipeError(f"{item!r} is no override: write key=value, as in seed=3 or optimizer.lr=16")
+    try:
+        strict_yaml.key_lines(yaml.compose(item.partition("=")[2], Loader=yaml.SafeLoader), item[:40])
+        return OmegaConf.from_dotlist([item])
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"cannot read {item!r}: {getattr(error, 'problem', None) or one_line(error)}") from None
+
+
+def _written_path(config: DictConfig) -> str:
+    """`data.path` as it is written, no ${...} resolved; "" where there is none."""
+    data = OmegaConf.to_container(config).get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    return path if isinstance(path, str) else ""
+
+
+def _check_references(value: Any, source: str, lines: dict[str, int], key: str = "") -> None:
+    """A ${...} is another key, or a variable of the environment in `data.path`: elsewhere a secret would be written."""
+    inner = value.items() if isinstance(value, dict) else ()
+    for name, part in inner:
+        _check_references(part, source, lines, f"{key}.{name}" if key else str(name))
+    for part in value if isinstance(value, list) else ():
+        _check_references(part, source, lines, key)
+    allowed = VARIABLE if key == "data.path" and "${oc.env:" in str(value) else _OTHER_KEY
+    if isinstance(value, str) and "${" in allowed.sub("", value):
+        place = f"{strict_yaml.where(source, key, lines)}: " if lines else ""
+        raise RecipeError(
+            f"{place}{key}={value}: an environment variable, ${{oc.env:NAME}}, may stand in data.path alone, elsewhere "
+            "only another key of the recipe, as in ${model.image_size}"
+        )
+
+
+def _explain(error: Exception, source: str, lines: dict[str, int]) -> str:
+    key = str(getattr(error, "full_key", None) or "").partition("[")[0]
+    known, place = list(all_declared()), strict_yaml.where(source, key, lines)
+    known += dict.fromkeys(name.split(".")[0] for name in known if "." in name)
+    if key and key not in known and not key.startswith("model.kwargs"):
+        return f"{place}: {unknown_key(key, known)}"
+    if "Incompatible value 'None'" in str(error):
+        return f"{place}: {key} may not be null"
+    return f"{place}: {key or 'value'}: {one_line(error)}"

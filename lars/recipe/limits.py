@@ -1,0 +1,88 @@
+"""What the keys of a recipe may be, one by one and together; checked before any process group is built."""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePosixPath
+from typing import Any
+
+from lars.optim.key import HOLDS
+from lars.recipe import pretrained
+from lars.recipe.keys import Recipe, declared
+from lars.recipe.refusal import RecipeError, did_you_mean
+
+
+def check(recipe: Recipe, flat: dict[str, Any]) -> None:
+    """Refuse what cannot be trained.
+
+    Args:
+        flat: the same recipe by flat keys.
+
+    Raises:
+        RecipeError: names the key and what it may be.
+    """
+    plain = PurePosixPath(recipe.name)
+    odd = not recipe.name.isprintable() or str(plain) != recipe.name
+    if odd or plain.is_absolute() or {"..", "."} & {*plain.parts, recipe.name}:
+        raise RecipeError(
+            f"name={recipe.name!r} names the folder runs/<name>: write a relative path without .., as in resnet50/mine"
+        )
+    if "\0" in (recipe.run_dir or ""):
+        raise RecipeError(f"run_dir={recipe.run_dir!r} is no path")
+    known = declared(type(recipe.optimizer))
+    for key, one in known.items():
+        allowed = one.metadata["choices"]
+        if allowed and flat[key] not in allowed:
+            raise RecipeError(
+                f"{key}={flat[key]} is unknown: use {' or '.join(allowed)}{did_you_mean(flat[key], allowed)}"
+            )
+    for key, value in flat.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise RecipeError(f"{key}={value} is not finite")
+    for key, one in known.items():
+        if (limit := one.metadata["limit"]) and flat[key] is not None and not HOLDS[limit](flat[key]):
+            raise RecipeError(f"{key}={flat[key]} {limit}")
+    for key in ("scale", "ratio"):
+        value = flat[f"augment.{key}"]
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise RecipeError(f"augment.{key}={value} must be two positive numbers, smaller first")
+    if recipe.augment.scale[1] > 1:
+        raise RecipeError(f"augment.scale={recipe.augment.scale}: a crop has at most the area of its image, 1.0")
+    if len(recipe.augment.mean) != 3 or len(recipe.augment.std) != 3 or min(recipe.augment.std) <= 0:
+        raise RecipeError(
+            "augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive"
+        )
+    remedy = "pixels of 0 ... 255: multiply values of 0 ... 1 by 255"
+    if not 0 <= min(recipe.augment.mean) <= max(recipe.augment.mean) <= 255 or 0 < max(recipe.augment.mean) <= 1:
+        raise RecipeError(f"augment.mean={recipe.augment.mean} is subtracted from {remedy}")
+    if max(recipe.augment.std) < 1:
+        raise RecipeError(f"augment.std={recipe.augment.std} divides {remedy}")
+    if recipe.augment.eval_resize < recipe.model.image_size:
+        raise RecipeError(
+            f"augment.eval_resize={recipe.augment.eval_resize} is smaller than "
+            f"model.image_size={recipe.model.image_size}"
+        )
+    if recipe.augment.randaugment is not None and not recipe.augment.randaugment.startswith("rand"):
+        raise RecipeError(
+            f"augment.randaugment={recipe.augment.randaugment} is no policy of timm: "
+            "write it as in rand-m9-mstd0.5-inc1"
+        )
+    if recipe.data.retry_seconds >= recipe.runtime.hang_seconds:
+        raise RecipeError(
+            f"data.retry_seconds={recipe.data.retry_seconds:g} must be below "
+            f"runtime.hang_seconds={recipe.runtime.hang_seconds:g}, "
+            "or the run would be ended as hanging first"
+        )
+    if recipe.runtime.portable and recipe.runtime.compile:
+        raise RecipeError(
+            "runtime.compile=true makes kernels for this CPU, which runtime.portable=true excludes: "
+            "set one of them to false"
+        )
+    if recipe.seed >= 2**63:
+        raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")
+    if recipe.schedule.warmup_epochs >= recipe.epochs:
+        raise RecipeError(
+            f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}"
+        )
+    pretrained.weights_file(recipe.model.kwargs)

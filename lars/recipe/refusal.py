@@ -1,0 +1,67 @@
+"""What a user is told when something is refused: one line, the nearest valid word, no value that is to stay hidden."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+
+_SHORTEST = 4  # characters of a value that is hidden; a shorter one would hide half of every message
+
+_names: dict[str, str] = {}  # value of an environment variable -> what a recipe writes for it
+
+
+class RecipeError(ValueError):
+    """Bad recipe, data or environment: one line that names the remedy; the exit status is 2."""
+
+    def __str__(self) -> str:
+        return hidden(super().__str__())
+
+
+def hide(value: str, written: str) -> None:
+    """From now on this process and those that it forks say `written` in messages and logs where `value` would stand."""
+    if len(value) < _SHORTEST or value in _names:
+        return
+    if not _names:
+        make = logging.getLogRecordFactory()
+
+        def without_values(*args, **kwargs) -> logging.LogRecord:
+            record = make(*args, **kwargs)
+            with suppress(Exception):  # arguments that do not fit: `logging` complains of them itself
+                record.msg, record.args = hidden(record.getMessage()), None
+            return record
+
+        logging.setLogRecordFactory(without_values)  # libraries' records too
+        sys.excepthook = lambda *error: sys.stderr.write(hidden("".join(traceback.format_exception(*error))))
+    _names[value] = written
+
+
+def hidden(text: str) -> str:
+    """The text without the values that `hide` was given, the longest first."""
+    for value in sorted(_names, key=len, reverse=True):
+        text = text.replace(value, _names[value])
+    return text
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" with the nearest known word, or nothing where none is near."""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """What to say of a key that is not there: `lr` is told of `optimizer.lr`."""
+    section, _, last = key.rpartition(".")
+    near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.75)
+    names = [name for name in known if name.rpartition(".")[2] in near]
+    names = [name for name in names if name.rpartition(".")[0] == section] or names
+    return f"unknown key {key!r}" + (f"; did you mean {' or '.join(map(repr, names))}?" if names else "")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

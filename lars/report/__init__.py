@@ -1,0 +1,1 @@
+"""What runs came to: tables, curves and one HTML page."""

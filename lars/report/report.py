@@ -1,0 +1,192 @@
+"""`lars report RUN... [--picture FILE]`: a table of runs against what their recipes are expected to reach.
+
+It also draws their curves, and writes `report.html` beside the picture (`lars.report.page`): one file to hand on, with
+verdicts, spread over seeds, curves, differences of the recipes, trust ratios, environment and hashes.
+
+The expectation is computed from the committed runs of the same recipe (`recipes/<model>/results/<what>/seed-*`, at
+least three): the interval in which one more seed falls with 99 % probability if top-1 is normally distributed over
+seeds. Without them it is what others published (`recipes/published.yaml`). Exit status 1 if a run is not finished or
+does not meet it, 2 if a file of a run is damaged or a folder is none of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lars.recipe.refusal import RecipeError
+from lars.report.groups import grouped
+from lars.report.page import curves, put, write_page
+from lars.run.reading import RECIPES, is_name, read_lines, read_result
+
+_T_995 = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499, 9: 3.355, 10: 3.250}  # Student's t, n - 1 degrees
+
+
+def committed_results(recipe_name: str) -> list[dict]:
+    """`result.json` of every committed seed of a recipe named <model>/<what>; none of what cannot be such a name."""
+    if not is_name(recipe_name):
+        return []
+    model, _, what = recipe_name.partition("/")
+    return [read_result(folder) for folder in sorted((RECIPES / model / "results" / what).glob("seed-*"))]
+
+
+def committed_top1(recipe_name: str) -> list[float]:
+    """Top-1 of every committed seed that has one."""
+    return [result["top1"] for result in committed_results(recipe_name) if result.get("top1") is not None]
+
+
+def expected_interval(top1: list[float]) -> tuple[float, float] | None:
+    """The 99 % prediction interval for one more seed, or None with fewer than three seeds."""
+    if len(top1) < min(_T_995):
+        return None
+    n = min(len(top1), max(_T_995))
+    half = _T_995[n] * statistics.stdev(top1) * (1 + 1 / len(top1)) ** 0.5
+    return statistics.mean(top1) - half, statistics.mean(top1) + half
+
+
+# One run is published, of another implementation; NUS-HPC's table moved by 0.1 to 0.6 points between two versions.
+TOLERANCE = 0.5
+CONTROL_TOLERANCE = 2.0  # less than half of the smallest published loss, 4.5 points (AlexNet at 4,096)
+
+
+class Expectation(NamedTuple):
+    """What a run is judged by. `epoch`: the last one at which an evaluation may be the first with top-1 >= `low`."""
+
+    text: str
+    source: str
+    low: float = -math.inf
+    high: float = math.inf
+    epoch: float | None = None
+
+    def met_by(self, top1: float, evaluations: list[dict[str, Any]]) -> bool:
+        """`top1` is that of the end of the run; an evaluation that closes epoch e stands within one step of e."""
+        if self.epoch is None:
+            return self.low <= top1 <= self.high
+        return any(e["top1"] >= self.low and round(e["epoch"]) <= self.epoch for e in evaluations)
+
+
+def expectation(recipe_name: str) -> Expectation | None:
+    """From the committed seeds of a recipe, or from what others published for it."""
+    interval = expected_interval(committed_top1(recipe_name))
+    if interval:
+        return Expectation(f"{interval[0]:.1f} ... {interval[1]:.1f}", "", *interval)
+    file = RECIPES / "published.yaml"
+    row = yaml.safe_load(file.read_text()).get(recipe_name) if file.is_file() else None
+    if row is None:
+        return None
+    if "reach" in row:
+        latest = math.floor(expected_interval(row["epochs"])[1])
+        return Expectation(f"{row['reach']:g} by epoch {latest}", row["source"], row["reach"], epoch=latest)
+    if row.get("control"):
+        return Expectation(
+            f"{row['top1'] + CONTROL_TOLERANCE:.4g} or less", row["source"], high=row["top1"] + CONTROL_TOLERANCE
+        )
+    return Expectation(f"{row['top1'] - TOLERANCE:.4g} or more", row["source"], low=row["top1"] - TOLERANCE)
+
+
+class Verdict(NamedTuple):
+    """A run's row of the table, {column: text}. `source`: who published the expectation, if not our own seeds."""
+
+    row: dict[str, str]
+    good: bool
+    source: str
+
+
+def judge(run: Path) -> Verdict:
+    """Compare a run with what is expected of its recipe: good if it is finished and meets that, or nothing is expected.
+
+    Raises:
+        RecipeError: a file of the run is damaged.
+    """
+    result = read_result(run)
+    name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status") or "not started"
+    expected = expectation(name)
+    evaluations = read_lines(run / "metrics.jsonl", "eval")
+    met = status == "finished" and top1 is not None and (expected is None or expected.met_by(top1, evaluations))
+    row = {
+        "recipe": name,
+        "engine": result.get("engine") or "",
+        "processes": str(result.get("world_size") or ""),
+        "top-1 %": f"{top1:.2f}" if top1 is not None else "",
+        "expected": expected.text if expected else "",
+        "seconds": f"{result.get('seconds') or 0:.0f}",
+        "verdict": f"FAIL ({status})"
+        if status != "finished"
+        else ""
+        if expected is None
+        else "PASS"
+        if met
+        else "FAIL",
+    }
+    return Verdict(row, met, expected.source if expected else "")
+
+
+def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
+    """Print the table, draw the curves, write the page beside them; True if every run with an expectation meets it.
+
+    Raises:
+        RecipeError: a file of a run is damaged.
+    """
+    verdicts = [judge(run) for run in runs]
+    table = Table(*verdicts[0].row)
+    for verdict in verdicts:
+        table.add_row(*(escape(text) for text in verdict.row.values()))
+    console.print(table)
+    sources = {v.row["recipe"]: v.source for v in verdicts if v.source}
+    notes = [
+        f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in sources.items()
+    ]
+    if not RECIPES.is_dir():
+        notes.append(f"nothing is expected of these runs, since there is no {RECIPES}: use the library of a clone")
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    if picture:
+        draw(runs, picture)
+        console.print(f"curves: {picture}", soft_wrap=True, markup=False)
+        page = write_page(runs, [v.row for v in verdicts], notes, picture)
+        console.print(f"page: {page}", soft_wrap=True, markup=False)
+    return all(verdict.good for verdict in verdicts)
+
+
+def draw(runs: list[Path], picture: Path) -> None:
+    """A PNG of loss, rate and accuracy over epochs, a line a run; runs that differ only in the seed share a colour."""
+    content = curves(grouped(runs), stacked=False)  # before anything is written: a file of a run may be damaged
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    put(picture, content)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--picture", type=Path, help="where to draw the curves, a .png (default: beside the runs)")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if args.picture and args.picture.suffix != ".png":
+            raise RecipeError(f"--picture {args.picture} must end in .png")
+        for run in args.runs:
+            if not any((run / name).exists() for name in ("result.json", "config.yaml", "metrics.jsonl", "lock")):
+                raise RecipeError(f"{run} is no run folder: give as in runs/demo/alexnet/seed-0")
+        mixed = len({run.is_absolute() for run in args.runs}) > 1
+        shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
+        picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
+        if picture.parent.is_symlink() and not args.picture:
+            raise RecipeError(f"{picture.parent} is a link: give a place for the curves with --picture")
+        return 0 if report(args.runs, picture, console) else 1
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

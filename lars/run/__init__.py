@@ -1,0 +1,1 @@
+"""A run from its start to its end: folder, agreement of all processes, checkpoints, signals, watchdog, logs."""

@@ -1,0 +1,107 @@
+"""What people see: the groups of parameters, then a bar with rate and time left (plain lines without a terminal)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from lars.optim.base import Optimizer
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+class _Lasting:
+    """stdout or stderr to which nobody may listen any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_output() -> None:
+    """A reader that goes away (`| head`, a closed terminal, `>&-`) ends what is seen of a run, not the run."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would be stdout
+        continue
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream if isinstance(stream, _Lasting) else _Lasting(stream))
+
+
+class Progress:
+    """Follows the steps of a run; silent on other ranks than 0."""
+
+    def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
+        self.name, self.first, self.steps, self.shown = name, step, steps, shown
+        self.started = self.last_line = time.time()
+        terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True) if terminal else None
+
+    def step(self, step: int, loss: float, lr: float, images_per_second: float, waited: float) -> None:
+        """`waited`: seconds that this process has waited for data so far; told from a hundredth of the time on."""
+        share = waited / (time.time() - self.started)
+        starved = f", {share:.0%} of the time waiting for data" if share >= 0.01 else ""
+        if self.bar:
+            self.bar.update(1)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {images_per_second:,.0f} images/s{starved}")
+        elif self.shown and (
+            time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)
+        ):
+            self.last_line = time.time()
+            left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
+            speed = f"{images_per_second:,.0f} images/s{starved}"
+            self._print(f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {speed}  {_clock(left)} left")
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self.bar:
+            self.bar.write(text)
+        elif self.shown:
+            self._print(text)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def _print(self, text: str) -> None:
+        print(f"{self.name}: {text}", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
+    """Which rule each tensor follows, found by dimension; before an engine puts its slices in their place."""
+    names = {p: name for name, p in model.named_parameters()}
+    table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
+    for group in optimizer.param_groups:
+        members, rule = group["params"], optimizer.rule_of(group)
+        count = f"{sum(p.numel() for p in members):,}"
+        table.add_row(
+            rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]]
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")

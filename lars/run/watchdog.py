@@ -1,0 +1,188 @@
+"""Names the process that is gone or hangs: without it a run whose rank 17 stands still is silent for half an hour."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lars.recipe.keys import Runtime
+from lars.run.peers import Peers
+
+GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection
+_AT_ONCE = 4  # ticks that are enough once an exchange has failed
+_ANSWER = 5.0  # seconds that torch's store has for an answer
+_QUIET = 5  # ticks without a pass, after which a process begins to look at the others
+_COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out", re.IGNORECASE)
+
+
+class Watchdog:
+    """A thread in every process that ends the run when a process is gone, or when none has moved for a while.
+
+    Each process writes a count and where it stands to torch's store, once a second. Time is counted in these ticks, not
+    by the clock, so that a suspended machine does not find itself late. One that has not moved for `seconds` looks at
+    all others: those that wait in an exchange are ahead of the one they wait for. A single process looks at itself.
+    """
+
+    def __init__(self, peers: Peers, runtime: Runtime, give_up: Callable[..., None]) -> None:
+        self.peers, self.seconds, self.give_up = peers, runtime.hang_seconds, give_up
+        self.compiles, self.first = runtime.compile, None  # the first step compiles, for as long as that takes
+        self.tick = min(1.0, self.seconds / 4)
+        self.ticks, self.moved = 0, 0  # own ticks so far, and when the main thread last moved
+        self.started = False  # no process hangs before its first pass: an engine may take its time to start
+        self.place, self.reason = (0, 0), ""  # why this process ends, once it does
+        self.seen: dict[int, tuple[list, int]] = {}  # rank -> its last sign of life, and my tick when it was new
+        self.store_lost_at: int | None = None
+        self.talking, self.question = threading.Lock(), None  # the thread that last asked the store
+        self.asked, self.ended = threading.Event(), threading.Event()
+        self.store = None
+        if peers.processes > 1:
+            # a client of its own: the main thread may hold the group's one while it waits
+            store = dist.distributed_c10d._get_default_store().clone()
+            store.set_timeout(timedelta(seconds=10))
+            self.store = dist.PrefixStore("watchdog", store)
+            self._sign()
+            peers.gather(None)  # from here on there is a sign of everybody
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def at(self, step: int, part: int) -> None:
+        """The main thread has come to a pass (or a part of an evaluation) of a step."""
+        self.first = step if self.first is None else self.first
+        self.place, self.moved, self.started = (step, part), self.ticks, not self.compiles or step > self.first
+
+    def end(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def leave(self, reason: str) -> None:
+        """Tell the others why this process ends before they do."""
+        self.reason = reason
+        if self.store:
+            try:
+                self._sign()
+            except Exception:  # the store is gone, and with it whoever would read this
+                return
+
+    def blame(self, error: BaseException) -> str | None:
+        """Who is gone, if this error is of an exchange that another process left; it takes some seconds to tell."""
+        if not self.store or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(f"{type(error)} {error}"):
+            return None
+        self.asked.set()
+        started = self.ticks
+        while self.ticks - started <= 2 * _AT_ONCE and self.thread.is_alive():
+            if who := self._gone(_AT_ONCE):
+                return who
+            self.ended.wait(self.tick)
+        return None
+
+    def _watch(self) -> None:
+        while not self.ended.wait(self.tick):
+            self.ticks += 1
+            try:
+                if self.store:
+                    self._sign()
+                self.store_lost_at = None
+            except Exception:
+                self.store_lost_at = self.store_lost_at or self.ticks
+            late = self.ticks - self.moved
+            if self.asked.is_set() or late < _QUIET:
+                continue
+            if self.store and (who := self._gone(GONE_AFTER)):
+                self._complain(who)
+            if self.started and late * self.tick > self.seconds:
+                self._complain(self._behind())
+
+    def _gone(self, after: int) -> str | None:
+        """A process without a sign of life for so many of my ticks, or one that has said why it ended."""
+        try:
+            if self._ask("check", ["verdict"]):
+                return self._ask("get", "verdict").decode()
+            who = self._silent(after)
+            return self._ask("compare_set", "verdict", "", who).decode() if who else None
+        except Exception:  # it lies with rank 0, or with its launcher
+            lost_at = self.store_lost_at = self.store_lost_at or self.ticks
+            return f"{self.peers.name(0)}, or its launcher, is gone" if self.ticks - lost_at >= after else None
+
+    def _silent(self, after: int) -> str | None:
+        signs, others = self._signs(), [rank for rank in range(self.peers.processes) if rank != self.peers.rank]
+        for rank in others:
+            if reason := signs[rank][3]:
+                return f"{self.peers.name(rank)} has ended ({reason})"
+            if signs[rank] != self.seen.get(rank, (None, 0))[0]:
+                self.seen[rank] = signs[rank], self.ticks
+        silent = [rank for rank in others if self.ticks - self.seen[rank][1] >= after]
+        if not silent:
+            return None
+        nodes = ", ".join(list(dict.fromkeys(self.peers.nodes[rank] for rank in silent))[:4])
+        return f"{_ranks(silent)} on {nodes} {'are' if len(silent) > 1 else 'is'} gone or stopped"
+
+    def _behind(self) -> str:
+        places = [tuple(sign[1:3]) for sign in self._signs()] if self.store else [self.place]
+        first = min(places)
+        last = _ranks([rank for rank, place in enumerate(places) if place == first])
+        return (
+            f"no process has moved for {self.seconds:g} s; {last} of {self.peers.processes} came no further than "
+            f"step {first[0] + 1}, pass {first[1]}"
+        )
+
+    def _sign(self) -> None:
+        self._ask("set", f"alive {self.peers.rank}", json.dumps([self.ticks, *self.place, self.reason]))
+
+    def _signs(self) -> list[list]:
+        """Of each process: its ticks, step, pass, and why it has ended, if it has."""
+        return [
+            json.loads(sign)
+            for sign in self._ask("multi_get", [f"alive {rank}" for rank in range(self.peers.processes)])
+        ]
+
+    def _ask(self, what: str, *words: Any) -> Any:
+        """A call of torch's store, from a thread of its own: where a cable is pulled neither answer nor error comes.
+
+        Raises:
+            ConnectionError: the store does not answer, or has not answered the call before.
+        """
+        answers: list[Any] = []
+        failures: list[Exception] = []
+
+        def call() -> None:
+            try:
+                answers.append(getattr(self.store, what)(*words))
+            except Exception as error:
+                failures.append(error)
+
+        with self.talking:
+            if self.question is None or not self.question.is_alive():
+                self.question = threading.Thread(target=call, daemon=True)
+                self.question.start()
+                self.question.join(_ANSWER)
+        if not answers:
+            raise failures[0] if failures else ConnectionError("torch's store does not answer")
+        return answers[0]
+
+    def _complain(self, what: str) -> None:
+        message = self.say(what)
+        self.give_up(error=message)
+        os._exit(1)
+
+    def say(self, what: str) -> str:
+        """Print it, once in all, and return it as an error for the run's result."""
+        message = f"{what}: start the same command again to go on from the last checkpoint"
+        try:
+            first = self._ask("add", "complaints", 1) == 1
+        except Exception:
+            first = self.peers.leads_node
+        if first:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return message
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
