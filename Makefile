@@ -6,7 +6,7 @@ COMMIT = $(shell git describe --always --dirty --abbrev=40)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove test test-long test-environments parity launchers study tables chaos fuzz bench
+.PHONY: help setup reproduce-demo prove lint test test-long test-environments parity launchers study tables chaos fuzz bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -28,7 +28,11 @@ reproduce-%: $(SETUP)  ## train recipes/<model>/<what>.yaml, as in reproduce-res
 prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and resumed: one hash
 	$(PYTHON) -m lars prove recipes/demo/alexnet.yaml
 
-test: $(SETUP)  ## what CI runs
+lint: $(SETUP)  ## rules of style and lines of at most 120 characters (ruff)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test: lint  ## what CI runs: `make lint` and the tests
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
@@ -37,7 +41,7 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
 
-parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes the README's table
+parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes docs/engines.md's table
 	$(PYTHON) tests/distributed/parity.py
 
 launchers: $(SETUP)  ## one hash under every launcher and on emulated CPUs (qemu-x86_64, half an hour); writes portable.json

@@ -64,7 +64,7 @@ def test_the_readme_shows_the_line_of_resnet_50() -> None:
     recipe = config.load(ROOT / "recipes/resnet50/lars-b32k-90ep.yaml", ["runtime.micro_batch=256"])
     assert (
         memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 1_281_167, 8), "plain")
-        in (ROOT / "README.md").read_text()
+        in (ROOT / "docs/start-up.md").read_text()
     )
 
 

@@ -19,7 +19,10 @@ from lars.recipe import config
 from lars.recipe.keys import declared, neutral
 
 RECIPES = sorted(file for file in (ROOT / "recipes").glob("*/*.yaml") if file.name != "grid.yaml")  # the study's design
-TEXTS = [ROOT / "README.md", ROOT / "lars/data/README.md", *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "lars/data/README.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+TEXTS = [*PAGES, *sorted((ROOT / "recipes").glob("*/README.md")), *RECIPES]
 
 
 def commands(text: str) -> list[str]:
@@ -164,7 +167,7 @@ def test_the_table_of_engines_is_the_committed_measurement_and_every_row_of_ours
     from distributed.parity import ENGINES, PROCESSES, TABLE, table
 
     rows = json.loads((ROOT / "tests/distributed/parity.json").read_text())["rows"]
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/engines.md").read_text()
     assert text[text.index(TABLE[0]) + len(TABLE[0]) : text.index(TABLE[1])] == table(rows)
     ours = [row for row in rows if row["optimizer"] == "lars.LARS"]
     assert {row["verdict"] for row in ours} == {"PASS"} and {row["verdict"] for row in rows if row not in ours} == {

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +40,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
     if entry := _optimizer([part for _, part, _ in parts]):
         config.optimizer = entry.keys
     for source, part, places in parts:
-        _check_references(OmegaConf.to_container(part), source, places)
+        _check_references(_container(part), source, places)
         if part is written and _written_path(part).startswith("."):
             part.data.path = str((path.parent / _written_path(part)).resolve())
         try:
@@ -55,7 +55,7 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe gives every key that has no neutral value")
-        recipe = OmegaConf.to_object(config)
+        recipe = cast(Recipe, OmegaConf.to_object(config))
         flat = flatten(recipe)
     except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere, a list in a list
         raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
@@ -83,19 +83,19 @@ def _optimizer(parts: list[DictConfig]) -> Entry | None:
         for old, new in RENAMED.items():
             if old in part:
                 part[new] = part.pop(old)
-        keys = OmegaConf.to_container(part).get("optimizer")
+        keys = _container(part).get("optimizer")
         named.append(keys.get("name") if isinstance(keys, dict) else None)
     name = next((name for name in reversed(named) if name is not None), None)
     if name is not None and name not in known:
         remedy = f"use {' or '.join(known)}{did_you_mean(str(name), list(known))}"
         raise RecipeError(f"optimizer.name={name} is unknown: {remedy}")
-    if name is None and any(isinstance(OmegaConf.to_container(part).get("optimizer"), dict) for part in parts):
+    if name is None and any(isinstance(_container(part).get("optimizer"), dict) for part in parts):
         raise RecipeError(f"the recipe lacks optimizer.name: use {' or '.join(known)}")
     entry = known.get(name)
     own = {one.name for one in fields(entry.keys)} if entry else set()
     others = {one.name for other in known.values() for one in fields(other.keys)} - own
     for part, here in zip(parts, named) if entry else ():
-        keys = OmegaConf.to_container(part).get("optimizer")
+        keys = _container(part).get("optimizer")
         for key in others & keys.keys() if isinstance(keys, dict) else ():
             if keys[key] is None or here not in (None, name):
                 del part.optimizer[key]
@@ -104,7 +104,7 @@ def _optimizer(parts: list[DictConfig]) -> Entry | None:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """{"model.name": ..., "global_batch": ...}; lists and `model.kwargs` are values, not further levels."""
-    return one_level(OmegaConf.to_container(OmegaConf.structured(recipe)))
+    return one_level(_container(OmegaConf.structured(recipe)))
 
 
 def one_level(nested: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +141,14 @@ def _override(item: str) -> DictConfig:
         raise RecipeError(f"cannot read {item!r}: {getattr(error, 'problem', None) or one_line(error)}") from None
 
 
+def _container(config: DictConfig) -> dict[str, Any]:
+    """Dictionaries and lists of what is written, no ${...} resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config))
+
+
 def _written_path(config: DictConfig) -> str:
     """`data.path` as it is written, no ${...} resolved; "" where there is none."""
-    data = OmegaConf.to_container(config).get("data")
+    data = _container(config).get("data")
     path = data.get("path") if isinstance(data, dict) else None
     return path if isinstance(path, str) else ""
 

@@ -1,6 +1,6 @@
 """`make parity`: is one step the same on every engine?
 
-Writes parity.json and parity.png beside itself and a table into the README.
+Writes parity.json and parity.png beside itself and the table of docs/engines.md.
 
 A control (one process, plain, bitwise) trains a small recipe and keeps every checkpoint. From its state after an early,
 a middle and a late step every engine takes one step with 1, 2 and 3 processes, through `recipes/train.py` and its
@@ -273,7 +273,7 @@ def plot(drifts: dict[str, list[float]], file: Path) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The README's table, in Markdown: a line for each engine and optimizer, with the process counts in its cells."""
+    """The table of docs/engines.md: a line for each engine and optimizer, with the process counts in its cells."""
     lines = [
         "| engine | optimizer | processes | early | middle | late | collectives | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -333,10 +333,10 @@ def main() -> int:
     }
     (here / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(drifts, here / "parity.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "docs/engines.md"
+    text = page.read_text()
     start, end = (text.index(mark) for mark in TABLE)
-    readme.write_text(text[: start + len(TABLE[0])] + table(rows) + text[end:])
+    page.write_text(text[: start + len(TABLE[0])] + table(rows) + text[end:])
     return 0 if all(row["verdict"] == "PASS" for row in rows if row["optimizer"] == "lars.LARS") else 1
 
 
