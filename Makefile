@@ -28,9 +28,10 @@ reproduce-%: $(SETUP)  ## train recipes/<model>/<what>.yaml, as in reproduce-res
 prove: $(SETUP)  ## 30 steps of the demo at 1, 2 and 4 processes, and killed and resumed: one hash
 	$(PYTHON) -m lars prove recipes/demo/alexnet.yaml
 
-lint: $(SETUP)  ## rules of style and lines of at most 120 characters (ruff)
+lint: $(SETUP)  ## rules of style and lines of at most 120 characters (ruff), and types (mypy)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 test: lint  ## what CI runs: `make lint` and the tests
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile

@@ -15,11 +15,16 @@ from torch import Tensor, nn
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d over groups of `bn_group` samples; in evaluation and in its state dict an ordinary one."""
 
+    running_mean: Tensor  # always there: `convert` refuses a norm without running averages
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, norm: nn.BatchNorm2d, bn_group: int) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
         self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
         self.bn_group = bn_group
         # timm's BatchNormAct2d is a batch norm that ends in a dropout and an activation
         self.drop = getattr(norm, "drop", None)
@@ -28,10 +33,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # DeepSpeed's bf16 section leaves float32 statistics beside bf16 weights, which torch does not mix.
+        affine: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.affine:
             affine = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
-        else:
-            affine = None, None
         if self.training:
             x = self._normalise(x, *affine)
         else:
@@ -83,7 +87,7 @@ def convert(model: nn.Module, bn_group: int | None) -> list[GhostBatchNorm2d]:
         )
     if bn_group is not None and not found:
         raise ValueError("the model has no batch norm: write bn_group=null")
-    ghosts = [GhostBatchNorm2d(norm, bn_group) for _, _, norm in found]
+    ghosts = [GhostBatchNorm2d(norm, bn_group or 1) for _, _, norm in found if isinstance(norm, nn.BatchNorm2d)]
     for (parent, name, _), ghost in zip(found, ghosts):
         setattr(parent, name, ghost)
     return ghosts

@@ -46,11 +46,11 @@ class MixDraw(IntEnum):
 
 def mix64(*keys: int | np.ndarray) -> np.ndarray:
     """Hash integer keys (scalars or arrays that broadcast, taken mod 2^64) into uint64; the order of keys matters."""
-    state = np.zeros((), np.uint64)
+    state: np.ndarray = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # arithmetic is mod 2^64 on purpose
         for key in keys:
-            key = np.uint64(key % 2**64) if isinstance(key, int) else np.asarray(key).astype(np.uint64)
-            state = (state ^ key) + _GOLDEN
+            mixed = np.uint64(key % 2**64) if isinstance(key, int) else np.asarray(key).astype(np.uint64)
+            state = (state ^ mixed) + _GOLDEN
             state = (state ^ (state >> np.uint64(30))) * _FIRST
             state = (state ^ (state >> np.uint64(27))) * _SECOND
             state = state ^ (state >> np.uint64(31))

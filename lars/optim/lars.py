@@ -101,7 +101,7 @@ class LARS(Optimizer):
             self._shapes.append([p.shape for p in self.param_groups[-1]["params"]])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update; tensors without gradient are left alone. Rates are read from the groups."""
         loss = None
         if closure is not None:
@@ -185,7 +185,9 @@ class LARS(Optimizer):
                 None if some is None else whole.index_select(1, self.layout.index(layers, device))
                 for (*_, layers), some in zip(work, norms)
             ]
-        return [None if some is None else trust_ratios(*some, group) for (group, *_), some in zip(work, norms)]
+        return [
+            None if some is None else trust_ratios(some[0], some[1], group) for (group, *_), some in zip(work, norms)
+        ]
 
 
 def _fused_kernel_fits(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> bool:

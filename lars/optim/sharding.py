@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -143,8 +144,8 @@ def _of_deepspeed(zero: Any) -> Layout:
     if name not in readers:
         raise ShardingError(f"{name} of {_deepspeed_version()} is not a layout that LARS knows")
     try:
-        group, slices = readers[name](zero)
-        slices = list(slices)
+        group, found = readers[name](zero)
+        slices = list(found)
     except (AttributeError, IndexError, TypeError) as error:
         raise ShardingError(f"{name} of {_deepspeed_version()} is not laid out as LARS knows it: {error}") from error
     layout = Layout(group)
@@ -156,9 +157,13 @@ def _of_deepspeed(zero: Any) -> Layout:
             layout.sizes.append(size)
         pieces = layout.pieces.setdefault(flat, [])
         if length:
-            pieces.append(Piece(layer, start, lambda t, a=flat_start, n=length: t.view(-1).narrow(0, a, n)))
+            pieces.append(Piece(layer, start, partial(_narrowed, start=flat_start, length=length)))
     _check_complete(layout, name)
     return layout
+
+
+def _narrowed(flat: Tensor, start: int, length: int) -> Tensor:
+    return flat.view(-1).narrow(0, start, length)
 
 
 def _check_complete(layout: Layout, name: str) -> None:
@@ -226,23 +231,28 @@ def _of_stage_3(zero: Any) -> tuple[Any, Iterator[Slice]]:
 
 def _of_dtensors(tensors: list[Tensor]) -> Layout:
     """FSDP2: DTensor's own norms are exact too, at two collectives per tensor; here it is one for all."""
-    meshes = {p.device_mesh for p in tensors if isinstance(p, DTensor)}
-    if len(meshes) != 1 or not all(isinstance(p, DTensor) for p in tensors):
+    cut = [p for p in tensors if isinstance(p, DTensor)]
+    meshes = {p.device_mesh for p in cut}
+    if len(meshes) != 1 or len(cut) != len(tensors):
         raise ShardingError(
             "some parameters are sharded over one device mesh and some are not: shard the whole model on one"
         )
-    sharded = {tuple(i for i, place in enumerate(p.placements) if isinstance(place, Shard)) for p in tensors}
+    sharded = {tuple(i for i, place in enumerate(p.placements) if isinstance(place, Shard)) for p in cut}
     if (
         len(sharded) != 1
         or len(next(iter(sharded))) != 1
-        or any(place.is_partial() for p in tensors for place in p.placements)
+        or any(place.is_partial() for p in cut for place in p.placements)
     ):
         raise ShardingError("parameters must be sharded over exactly one dimension of the device mesh")
     layout = Layout(next(iter(meshes)).get_group(next(iter(sharded))[0]), tensors, [p.numel() for p in tensors])
-    for layer, p in enumerate(tensors):
+    for layer, p in enumerate(cut):
         # `start` is for flat slices only; whole DTensors come from `full_tensor`
-        layout.pieces[p] = [Piece(layer, 0, lambda t: t.to_local())] if p.to_local().numel() else []
+        layout.pieces[p] = [Piece(layer, 0, _local)] if p.to_local().numel() else []
     return layout
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local()
 
 
 def _deepspeed_version() -> str:

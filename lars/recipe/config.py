@@ -80,23 +80,27 @@ def _optimizer(parts: list[DictConfig]) -> Entry | None:
     """
     known, named = optimizers(), []
     for part in parts:
-        for old, new in RENAMED.items():
-            if old in part:
-                part[new] = part.pop(old)
-        keys = _container(part).get("optimizer")
+        written = _container(part)
+        for old in RENAMED.keys() & written.keys():
+            del part[old]
+            part[RENAMED[old]] = written[old]
+        keys = written.get("optimizer")
         named.append(keys.get("name") if isinstance(keys, dict) else None)
     name = next((name for name in reversed(named) if name is not None), None)
-    if name is not None and name not in known:
+    if name is None:
+        if any(isinstance(_container(part).get("optimizer"), dict) for part in parts):
+            raise RecipeError(f"the recipe lacks optimizer.name: use {' or '.join(known)}")
+        return None
+    if str(name) not in known:
         remedy = f"use {' or '.join(known)}{did_you_mean(str(name), list(known))}"
         raise RecipeError(f"optimizer.name={name} is unknown: {remedy}")
-    if name is None and any(isinstance(_container(part).get("optimizer"), dict) for part in parts):
-        raise RecipeError(f"the recipe lacks optimizer.name: use {' or '.join(known)}")
-    entry = known.get(name)
-    own = {one.name for one in fields(entry.keys)} if entry else set()
+    entry = known[str(name)]
+    own = {one.name for one in fields(entry.keys)}
     others = {one.name for other in known.values() for one in fields(other.keys)} - own
-    for part, here in zip(parts, named) if entry else ():
+    for part, here in zip(parts, named):
         keys = _container(part).get("optimizer")
-        for key in others & keys.keys() if isinstance(keys, dict) else ():
+        keys = keys if isinstance(keys, dict) else {}
+        for key in sorted(others & keys.keys()):
             if keys[key] is None or here not in (None, name):
                 del part.optimizer[key]
     return entry

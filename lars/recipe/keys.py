@@ -158,7 +158,7 @@ RENAMED = {"ledger": "log_samples"}
 
 def declared(optimizer: type[Keys] | None = None, kind: type = Recipe, section: str = "") -> dict[str, Field]:
     """{"model.name": its field, ...}, with the keys of an optimizer, or with those that all optimizers have."""
-    found = {}
+    found: dict[str, Field] = {}
     for one in fields(kind):
         inner = get_type_hints(kind)[one.name]
         inner = optimizer if optimizer and inner is Keys else inner
@@ -171,7 +171,7 @@ def declared(optimizer: type[Keys] | None = None, kind: type = Recipe, section: 
 
 def neutral(one: Field) -> Any:
     """What a recipe without the key means; `CORE` if it has to be given."""
-    return one.default if one.default is not MISSING else one.default_factory()
+    return one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc,operator]
 
 
 def all_declared() -> dict[str, Field]:

@@ -112,9 +112,9 @@ def place(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
             f"{', '.join(told)} set, but not {missing}: a launcher tells each process all six (DeepSpeed on several "
             "nodes needs deepspeed_multinode_launcher: standard), and one process without a launcher needs none"
         )
-    numbers = {name: environment[name] for name in told if name != "MASTER_ADDR"}
-    wrong = [name for name, number in numbers.items() if not number.isdecimal()]
-    numbers = {name: int(number) for name, number in numbers.items() if not wrong}
+    words = {name: environment[name] for name in told if name != "MASTER_ADDR"}
+    wrong = [name for name, word in words.items() if not word.isdecimal()]
+    numbers = {name: int(word) for name, word in words.items() if not wrong}
     if wrong or not numbers["RANK"] < numbers["WORLD_SIZE"] or not numbers["LOCAL_RANK"] < numbers["LOCAL_WORLD_SIZE"]:
         wrong = wrong or ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
         given = ", ".join(f"{name}={environment[name]}" for name in wrong)

@@ -25,6 +25,7 @@ def import_model_file(folder: Path) -> None:
     if file.is_file() and file not in model_files:
         model_files[file] = []
         spec = importlib.util.spec_from_file_location(f"recipe_model_{len(model_files)}", file)
+        assert spec is not None and spec.loader is not None  # it ends in .py
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         _running.append(file)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ def read(path: Path, what: str) -> tuple[DictConfig, dict[str, int]]:
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"{path} is not {what}: its top level must be `key: value` lines")
         lines = key_lines(root, str(path))
-        return OmegaConf.load(io.StringIO(text)), lines  # it refuses a key that stands twice
+        return cast(DictConfig, OmegaConf.load(io.StringIO(text))), lines  # it refuses a key that stands twice
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
