@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from functools import lru_cache
 
 import cv2
@@ -13,9 +14,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lars.data.decode import MAX_PIXELS, BadImage, Encoded
-from lars.exact.keyed import Draw, Purpose, uniform
+from lars.exact.keyed import Purpose, uniform
 from lars.recipe.keys import Augment
 from lars.recipe.refusal import RecipeError, one_line
+
+
+class Draw(IntEnum):
+    """Where a sample's random numbers for augmentation stand. Frozen: a new one comes behind, so that none moves."""
+
+    CROP = 0  # four for each of 10 tries, as many as it takes; the flip takes the next one
+    RANDAUGMENT = 41
+    ERASE = 42
+
 
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
 DRAWS = max(Draw) + 1

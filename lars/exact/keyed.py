@@ -27,16 +27,8 @@ class Purpose(IntEnum):
     MIX = 6
 
 
-class Draw(IntEnum):
-    """Where a sample's random numbers for augmentation stand. Frozen: a new one comes behind, so that none moves."""
-
-    CROP = 0  # four for each of 10 tries, as many as it takes; the flip takes the next one
-    RANDAUGMENT = 41
-    ERASE = 42
-
-
 class MixDraw(IntEnum):
-    """The same for mixup and cutmix of a group."""
+    """Where a group's random numbers for mixup and cutmix stand. Frozen, as those of `lars.data.augment.Draw`."""
 
     CUT = 0  # cutmix, or mixup
     CENTRE_DOWN = 1  # of the box that is cut

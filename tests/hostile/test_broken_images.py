@@ -32,14 +32,14 @@ from promises import promised
 from timm.data.auto_augment import rand_augment_transform
 
 from lars.data import augment, decode, processes
-from lars.data.augment import check_policy, draws_of, evaluation_image, training_image
+from lars.data.augment import Draw, check_policy, draws_of, evaluation_image, training_image
 from lars.data.decode import BadImage, Encoded
 from lars.data.index import build_indexes
 from lars.data.loader import Loader, training_batches
 from lars.data.order import Order
 from lars.data.source import BadImages, DataError, DecoderError
 from lars.engine.evaluate import evaluate
-from lars.exact.keyed import Draw, MixDraw, Purpose
+from lars.exact.keyed import MixDraw, Purpose
 from lars.recipe import config
 from lars.recipe.keys import Augment, Recipe
 from recipes.train import main
