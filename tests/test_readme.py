@@ -29,7 +29,11 @@ def commands(text: str) -> list[str]:
     """Lines of code blocks and recipe headers that start with a command of ours; continued lines joined."""
     text = text.replace("\\\n", " ")
     lines = [line.lstrip("#").strip() for line in text.splitlines()]
-    return [line for line in lines if re.match(r"(accelerate launch|make|lars|python -m|python recipes|cp) ", line)]
+    return [
+        line
+        for line in lines
+        if re.match(r"(accelerate launch|make|lars(?! [a-z]+:)|python -m|python recipes|cp) ", line)
+    ]
 
 
 def all_commands() -> list[tuple[str, str]]:

@@ -155,7 +155,7 @@ def test_only_what_is_bitwise_becomes_portable(promised: str, given: str, monkey
     monkeypatch.setattr(portable, "obstacle", lambda: None)
     monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
     recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=true"])
-    engine = SimpleNamespace(reproducibility=promised, device=torch.device("cpu"))
+    engine = SimpleNamespace(name="plain", reproducibility=promised, device=torch.device("cpu"))
     assert agreement.strength(agreement.Peers(), engine, recipe, None)[0]["reproducibility"] == given
 
 
@@ -173,14 +173,17 @@ def test_a_resumed_run_is_no_stronger_than_its_steps_so_far(
 ) -> None:
     monkeypatch.setattr(portable, "obstacle", lambda: None)
     monkeypatch.setattr(agreement, "uses_cpu", lambda: True)
-    engine, before = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu")), SimpleNamespace(made=made)
+    engine, before = (
+        SimpleNamespace(name="plain", reproducibility="bitwise", device=torch.device("cpu")),
+        SimpleNamespace(made=made),
+    )
     recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=true"])
     assert agreement.strength(agreement.Peers(), engine, recipe, before)[0]["reproducibility"] == given
 
 
 @pytest.mark.parametrize(("device", "given"), [("another CPU", "numeric"), (None, "bitwise")])
 def test_a_bitwise_run_that_changes_its_cpu_becomes_numeric(device: str | None, given: str) -> None:
-    engine = SimpleNamespace(reproducibility="bitwise", device=torch.device("cpu"))
+    engine = SimpleNamespace(name="plain", reproducibility="bitwise", device=torch.device("cpu"))
     here = environment(engine.device)
     before = SimpleNamespace(
         made={"reproducibility": "bitwise", "environment": {**here, "device": device or here["device"]}}
@@ -191,8 +194,9 @@ def test_a_bitwise_run_that_changes_its_cpu_becomes_numeric(device: str | None, 
 
 
 def test_the_pins_come_before_torch() -> None:
-    """train.py imports `lars.recipe.config` and `lars.exact.portable` first; their imports must leave torch alone."""
-    code = "import sys, lars, lars.portable, lars.config\nlars.portable.excluded()\nassert 'torch' not in sys.modules"
+    """train.py imports the command line and `lars.recipe.config` first; their imports must leave torch alone."""
+    first = "import sys, lars, lars.exact.portable as portable, lars.recipe.config, lars.recipe.command_line"
+    code = f"{first}\nportable.excluded()\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=cells.clean(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

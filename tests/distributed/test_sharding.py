@@ -16,6 +16,7 @@ from conftest import RANKS, ROOT, free_port
 from torch import nn
 
 import lars
+import lars.optim.sharding
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
@@ -159,7 +160,7 @@ def worst_bf16(states: list[dict], world: int) -> float:
 
 def count_all_reduces(counts: list[int]) -> None:
     """Count the calls of `all_reduce` that LARS makes, at the process group."""
-    real = lars.sharding.dist.all_reduce
+    real = lars.optim.sharding.dist.all_reduce
 
     class Counted:
         def __getattr__(self, name: str):
@@ -169,7 +170,7 @@ def count_all_reduces(counts: list[int]) -> None:
             counts[0] += 1
             return real(*args, **kwargs)
 
-    lars.sharding.dist = Counted()
+    lars.optim.sharding.dist = Counted()
 
 
 def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_groups: bool, bind: bool, out: str) -> None:

@@ -27,7 +27,7 @@ from lars.recipe import config
 from lars.recipe.keys import Checkpoint
 from lars.recipe.refusal import RecipeError
 from lars.report import report
-from lars.run import checkpoint
+from lars.run import checkpoint, checkpoint_writer
 from lars.run.checkpoint import State, saved
 from lars.run.checkpoint_writer import CheckpointWriter
 from lars.run.folder import RunFolder, _cut_back
@@ -887,7 +887,7 @@ def test_what_was_hashed_is_what_memory_held(
 ) -> None:
     """A file system that spoils a file while it is written cannot be made here, so a writer that does stands for it."""
     monkeypatch.setattr(
-        checkpoint, "save_file", lambda tensors, file: save_file({n: t * 2 for n, t in tensors.items()}, file)
+        checkpoint_writer, "save_file", lambda tensors, file: save_file({n: t * 2 for n, t in tensors.items()}, file)
     )
     with caplog.at_level(logging.WARNING):
         write(tmp_path, 1)

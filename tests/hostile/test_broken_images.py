@@ -319,11 +319,18 @@ def test_a_bad_validation_image_is_one_line(tmp_path: Path) -> None:
         accelerator=alone,
         rank=0,
         device=torch.device("cpu"),
-        evaluated=torch.nn.Identity(),
+        eval_module=torch.nn.Identity(),
         logits=lambda _, x: torch.zeros(len(x), 10),
     )
     with pytest.raises(DataError, match="1 images of the validation split cannot be decoded"):
-        evaluate(engine, recipe, build_indexes(recipe.data, 10)[1], 8, lambda _: False, lambda: False)
+        evaluate(
+            engine,
+            recipe,
+            build_indexes(recipe.data, 10)[1],
+            SimpleNamespace(micro_batch=8),
+            lambda _: False,
+            lambda: False,
+        )
 
 
 # what an image means

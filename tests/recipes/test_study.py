@@ -169,7 +169,7 @@ def test_what_the_page_says_in_words_are_the_committed_runs() -> None:
     assert f"(by {gaps[4096]} points, p = {p[4096]:.2f})" in text and f"({gaps[16384]}, p = {p[16384]:.3f})" in text
     assert f"ahead by {-gaps[256]}" in text and f"fell to {min(top1_of(RESULTS / 'alexnet/sgd-b16384-lr0.4'))}" in text
     for words in (
-        f"{gaps[4096]:.1f} points\nmore at 4,096 (p = {p[4096]:.2f})",
+        f"{gaps[4096]:.1f} points more at 4,096 (p = {p[4096]:.2f})",
         f"{gaps[16384]:.1f} at 16,384 (p = {p[16384]:.2f})",
     ):
         assert words in front
