@@ -207,6 +207,17 @@ def test_a_group_is_one_trajectory_but_for_the_seed(tmp_path: Path, monkeypatch:
     assert {row["key"] for row in page.table("key")} == {"optimizer.lr", "max_steps", "data_fingerprint"}
 
 
+def test_a_run_of_before_a_key_came_is_a_further_seed(tmp_path: Path) -> None:
+    """What a version did not write yet is neutral: null, or the key's own value."""
+    lately = copy(RUNS[1], tmp_path / "lately", {"model.weights_sha256": None, "augment.erase": 0.0})
+    config = yaml.safe_load((lately / "config.yaml").read_text())
+    before = copy(RUNS[0], tmp_path / "before")
+    older = {**config, "seed": 0, "augment": {k: v for k, v in config["augment"].items() if k != "erase"}}
+    del older["model"]["weights_sha256"]
+    (before / "config.yaml").write_text(yaml.safe_dump(older))
+    assert len(grouped([lately, before])) == 1
+
+
 def test_trust_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lars = [copy(RUNS[seed], tmp_path / f"lars-{seed}") for seed in (1, 0)]
     add_trust(lars[0], {"conv1.weight": 0.01, "fc.weight": 0.0002})

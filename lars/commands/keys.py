@@ -9,6 +9,7 @@ those of all optimizers.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import Field
 from pathlib import Path
@@ -26,15 +27,7 @@ from lars.recipe.refusal import RecipeError
 def row(name: str, one: Field) -> tuple[str, ...]:
     """Name, type, neutral value, limits, unit, what may change it, and what it decides."""
     told, value = one.metadata, neutral(one)
-    words = (
-        "core"
-        if value == CORE
-        else "null"
-        if value is None
-        else str(value).lower()
-        if value in (True, False)
-        else str(value)
-    )
+    words = "core" if value == CORE else value if isinstance(value, str) else json.dumps(value)
     limit = " or ".join(told["choices"]) or (told["limit"] or "").removeprefix("must ")
     return name, str(one.type), words, limit, told["unit"], "free" if told["free"] else "trajectory", told["what"]
 
@@ -44,10 +37,11 @@ def main() -> int:
     parser.add_argument("recipe", type=Path, nargs="?")
     args = parser.parse_args()
     try:
-        known = all_declared()
         if args.recipe:
             import_model_file(args.recipe.parent)
             known = declared(type(config.load(args.recipe, []).optimizer))
+        else:
+            known = all_declared()
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

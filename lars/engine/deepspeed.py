@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3, with LARS as the optimizer inside it."""
+"""DeepSpeed ZeRO 0 to 3, with the recipe's optimizer inside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Launched
 
-_OPTIMIZERS = {0: "LARS", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+_OPTIMIZERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
 
 class DeepSpeed(Engine):
@@ -41,7 +41,11 @@ class DeepSpeed(Engine):
         self.eval_module, self.optimizer, engine = self.train_module, optimizer, self.train_module
         built = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, engine.gradient_clipping())
         low_precision = engine.bfloat16_enabled()
-        wanted = "BF16_Optimizer" if low_precision and self.stage == 1 else _OPTIMIZERS[self.stage]
+        wanted = (
+            "BF16_Optimizer"
+            if low_precision and self.stage == 1
+            else _OPTIMIZERS.get(self.stage, type(optimizer).__name__)
+        )
         assert built == (self.stage, wanted, 0.0), built
         assert low_precision or engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
         batches = (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lars.data.index import Index
 from lars.data.loader import evaluation_batches
 from lars.data.source import BadImages
-from lars.engine.plain import Engine
+from lars.engine.base import Engine
 from lars.exact.reduction import OrderFreeSum
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
@@ -56,9 +56,8 @@ def evaluate(
         if stopping(turn):
             batches.close()
             return Evaluation(None, data_error)
-        if turn >= len(
-            mine
-        ):  # where a forward gathers weights all processes take part, also one whose chunks have ended
+        # where a forward gathers weights all processes take part, also one whose chunks have ended
+        if turn >= len(mine):
             engine.logits(engine.eval_module, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
             continue
         first = mine[turn] * chunk

@@ -198,6 +198,11 @@ def _fused_kernel_fits(params: list[Tensor], grads: list[Tensor], group: dict[st
     )
 
 
+def rates(group: dict[str, Any]) -> tuple[float, float]:
+    """What the step is multiplied by on its way into the velocity, and what the velocity on its way out."""
+    return (group["lr"], 1.0) if group["momentum_mode"] == "paper" else (1.0, group["lr"])
+
+
 def _update_fused(
     params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
 ) -> None:
@@ -206,8 +211,7 @@ def _update_fused(
     It computes v <- momentum v + (1 - dampening)(g + decay w); w <- w - lr v, so `dampening` carries the ratio, and
     the rate too where it belongs inside the velocity.
     """
-    inside = group["lr"] if group["momentum_mode"] == "paper" else 1.0
-    outside = 1.0 if group["momentum_mode"] == "paper" else group["lr"]
+    inside, outside = rates(group)
     if ratios is None:
         batches = [(params, grads, velocities, 1.0)]
     else:
@@ -231,8 +235,7 @@ def _update_foreach(
     params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
 ) -> None:
     """The rule in place with torch's list operations: any device and dtype; ratios never leave the device."""
-    paper, decay = group["momentum_mode"] == "paper", group["weight_decay"]
-    inside, outside = (group["lr"], 1.0) if paper else (1.0, group["lr"])
+    (inside, outside), decay = rates(group), group["weight_decay"]
     torch._foreach_mul_(velocities, group["momentum"])
     if ratios is None:
         torch._foreach_add_(velocities, grads, alpha=inside)

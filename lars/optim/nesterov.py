@@ -7,13 +7,14 @@ With `momentum_mode: paper` the rate stands in d, inside the velocity, and not b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lars.optim import lars, sgd
-from lars.optim.lars import LARS, LARSKeys, MomentumKeys
+from lars.optim.lars import LARS, LARSKeys, MomentumKeys, rates
 from lars.optim.registry import register
 
 
@@ -31,9 +32,8 @@ class Nesterov(LARS):
         ratios: Tensor | None,
         group: dict[str, Any],
     ) -> None:
-        paper, momentum = group["momentum_mode"] == "paper", group["momentum"]
-        inside, outside = (group["lr"], 1.0) if paper else (1.0, group["lr"])
-        scales = [inside] * len(params) if ratios is None else (inside * ratios).unbind()
+        (inside, outside), momentum = rates(group), group["momentum"]
+        scales: Sequence[float | Tensor] = [inside] * len(params) if ratios is None else (inside * ratios).unbind()
         for p, g, v, scale in zip(params, grads, velocities, scales):
             pushed = torch.add(g, p, alpha=group["weight_decay"]).mul_(scale)
             v.mul_(momentum).add_(pushed)

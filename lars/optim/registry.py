@@ -32,11 +32,7 @@ class Keys:
 class Entry:
     """An optimizer that a recipe may name.
 
-    `build` takes the recipe's keys and the parameters that are trained. What it returns is a torch optimizer with
-    `state_tensors`, the names of its state's tensors, each of its parameter's shape and zero at first, and `layout`,
-    which `lars.bind` sets where an engine keeps slices. With `elementwise` the rule treats each element alone, so that
-    slices are as good as whole tensors; an optimizer that is neither elementwise nor able to use `layout` is refused on
-    engines that cut tensors.
+    `build` takes the recipe's keys and the parameters that are trained; it makes a `lars.optim.base.Optimizer`.
     """
 
     keys: type[Keys]

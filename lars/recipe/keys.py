@@ -159,8 +159,9 @@ RENAMED = {"ledger": "log_samples"}
 def declared(optimizer: type[Keys] | None = None, kind: type = Recipe, section: str = "") -> dict[str, Field]:
     """{"model.name": its field, ...}, with the keys of an optimizer, or with those that all optimizers have."""
     found: dict[str, Field] = {}
+    types = get_type_hints(kind)
     for one in fields(kind):
-        inner = get_type_hints(kind)[one.name]
+        inner = types[one.name]
         inner = optimizer if optimizer and inner is Keys else inner
         if is_dataclass(inner):
             found |= declared(optimizer, inner, f"{section}{one.name}.")
@@ -185,15 +186,20 @@ def all_declared() -> dict[str, Field]:
 def fixing(flat: dict[str, Any]) -> dict[str, Any]:
     """Of flat keys those that fix the run; one that is not known here does, too."""
     known = declared()
-    names = {name: RENAMED.get(name, name) for name in flat}
-    return {key: value for key, value in flat.items() if not (one := known.get(names[key])) or not one.metadata["free"]}
+    return {k: v for k, v in flat.items() if not (one := known.get(RENAMED.get(k, k))) or not one.metadata["free"]}
 
 
-def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys of the trajectory in which two runs differ; a key that one of them lacks has its neutral value there.
+def completed(flat: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the trajectory as any version wrote them: one that is absent has its neutral value.
 
     Recipes for sgd used to have null for what LARS alone needs; that is the same as no such key.
     """
-    known = {key: value for key, one in all_declared().items() if (value := neutral(one)) != CORE}
-    then, now = ({k: v for k, v in flat.items() if v is not None} for flat in (then, now))
-    return [k for k in sorted({*then, *now}) if then.get(k, known.get(k)) != now.get(k, known.get(k))]
+    known = {key: neutral(one) for key, one in all_declared().items() if not one.metadata["free"]}
+    given = {key: value for key, value in flat.items() if value is not None}
+    return {key: value for key, value in known.items() if value not in (CORE, None)} | given
+
+
+def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys of the trajectory in which two runs differ."""
+    then, now = completed(then), completed(now)
+    return [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]

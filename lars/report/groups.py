@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lars.recipe import config
+from lars.recipe.keys import completed, fixing
 from lars.run.reading import flatten_run, read_lines, read_result
 
 
@@ -19,9 +19,12 @@ class Run:
         self.path, self.name, self.result, flat = path, name, read_result(path), flatten_run(path)
         self.recipe = str(self.result.get("recipe") or flat.get("name") or path)[:200]
         self.seed = flat.get("seed") if isinstance(flat.get("seed"), int) else None
-        self.keys = {key: value for key, value in config.fixing(flat).items() if key != "seed"}
+        self.keys = {key: value for key, value in fixing(flat).items() if key != "seed"}
         if self.keys:  # what else decides where the run ends: a shorter run, or other data, is no further seed
-            self.keys |= {"max_steps": flat.get("max_steps"), "data_fingerprint": self.result.get("data_fingerprint")}
+            self.keys = completed(self.keys) | {
+                "max_steps": flat.get("max_steps"),
+                "data_fingerprint": self.result.get("data_fingerprint"),
+            }
         lines = read_lines(path / "metrics.jsonl")
         self.train, self.evals, self.trust = (
             [x for x in lines if x.get("kind") == kind] for kind in ("train", "eval", "trust")

@@ -76,7 +76,7 @@ def test_it_trains_resumes_and_is_sharded(recipe: Path, tiny: tuple[str, ...], t
     assert trained(2, "two", 6)["weights_sha256"] == whole["weights_sha256"]  # resumed, on another number of processes
     with safe_open(tmp_path / "two/checkpoints/step-00000006/momentum.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    for engine in ("zero2", "fsdp2"):
+    for engine in ("zero0", "zero2", "fsdp2"):
         sharded = trained(2, engine, 3, where=engine)
         assert (sharded["engine"], sharded["reproducibility"]) == (engine, "numeric")
         losses = [
