@@ -11,8 +11,8 @@ import sys
 import threading
 from collections.abc import Callable
 
+from recipes import train  # isort: skip  (first: it pins the instruction set before torch is imported)
 from lars.data import footers, forked, loader
-from recipes import train  # first: it pins the instruction set before torch is imported
 
 
 def fork_from_a_new_thread(work: Callable[[], None]) -> int:

@@ -119,11 +119,11 @@ def play(commands: list[tuple[list[str], dict[str, str]]], timeout: float) -> No
             raise RuntimeError(f"{commands[0][0]} ended with {ended}: {log.read()[-4000:]}")
 
 
-def two_steps(recipe: str, cpu: str, data: Path, run: Path, pinned: bool = True) -> dict:
+def two_steps(recipe: str, cpu: str, data: Path, run: Path, *more: str, pinned: bool = True) -> dict:
     """`result.json` after two steps in one process on this CPU ("native"), or on one that qemu emulates."""
     # an emulated run is twenty times slower, and nobody waits for it
     patient = ("data.workers=1", f"runtime.portable={str(pinned).lower()}", "runtime.hang_seconds=3600")
-    told = arguments(recipe, 2, data, run, *patient)
+    told = arguments(recipe, 2, data, run, *patient, *more)
     if cpu == "native":
         play([([sys.executable, str(ROOT / "recipes/train.py"), *told], clean())], timeout=3600)
     else:
@@ -231,7 +231,7 @@ def measure(folder: Path) -> dict:
         return row
 
     def row(recipe: str, cpu: str, pinned: bool) -> dict:
-        found = two_steps(recipe, cpu, data, folder / f"{recipe}-{cpu}-{pinned}", pinned)
+        found = two_steps(recipe, cpu, data, folder / f"{recipe}-{cpu}-{pinned}", pinned=pinned)
         assert found["reproducibility"] == ("portable" if pinned else "bitwise"), found["reproducibility"]
         facts = {"recipe": recipe, "cpu": cpu, "pinned": pinned, "seconds": found["seconds"]}
         return tell({**facts, "weights_sha256": found["weights_sha256"]})
