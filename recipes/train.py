@@ -20,7 +20,7 @@ from lars.recipe.model_file import import_model_file
 command_line.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
 
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 
 from lars import ShardingError, bind
 from lars.commands.preflight import Preflight, preflight
@@ -28,7 +28,6 @@ from lars.data.index import fingerprint
 from lars.data.loader import Loader, training_batches
 from lars.data.order import Audit, Order, samples_hash
 from lars.data.source import BadImages, DataError
-from lars.engine.base import Engine
 from lars.engine.build import build_model, build_optimizer, start_engine
 from lars.engine.evaluate import evaluate
 from lars.engine.nonfinite import explain_nonfinite
@@ -63,7 +62,7 @@ class Training:
         self.writer = CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
         self.data_error: Exception | None = None  # why this process has no samples
-        self.engine: Engine | None = None
+        self.engine = None
 
     def setup(self, checked: Preflight) -> bool:
         """Agreement on what rank 0 has `checked`, engine, model, newest checkpoint; False if it is finished."""
@@ -149,20 +148,22 @@ class Training:
     def train_step(self, batches: Loader, slots: list[range]) -> tuple[float | None, float]:
         """One optimizer step: mean loss and rate. The loss is None if the step was dropped: a signal, or no samples."""
         consumed, bad, ids, lr = 0, 0, [], self.schedule.rate(self.step)
-        for index, part in zip(self.plan.local_passes(self.rank), slots):
-            if self.stopping(len(ids)):
+        for done, part in enumerate(slots):
+            if self.stopping(done):
                 return None, lr
             batch = batches.take(len(part))
             self.data_error = self.data_error or batch.data_error
             with self.engine.exchange(last=part is slots[-1]):
-                loss = self.engine.forward(batch.images, batch.labels, self.step, index)
+                loss = self.engine.forward(batch.images, batch.labels, self.step, part.start // len(part))
                 self.engine.backward(loss, len(slots))
             self.sums.add_gradients()
             self.sums.add_floats(torch.cat([loss.detach().double().view(1), self.engine.statistics()]))
             consumed += samples_hash(self.step, part, batch.ids)
             bad += batch.bad
-            ids.append(torch.from_numpy(batch.ids))
-        self.watchdog.at(self.step, len(slots))
+            ids += batch.ids.tolist()
+        if len(slots) < self.plan.passes_per_process and self.stopping(len(slots) + 1):  # others have one more to play
+            return None, lr
+        self.watchdog.at(self.step, self.plan.passes_per_process)
         self.sums.add_counts([consumed, bad, self.data_error is not None])
         sums = self.sums.finish()
         if sums.counts[2]:  # some process played a stand-in; nothing of the step has been applied yet
@@ -178,8 +179,7 @@ class Training:
         read = max(self.step * self.plan.global_batch, self.plan.samples)
         self.data_error = BadImages.beyond(self.bad_images, read, self.recipe.data.max_bad_fraction)
         if self.recipe.log_samples:
-            samples = gather(torch.cat(ids).to(self.engine.device)).tolist()
-            self.folder.append("ledger.jsonl", {"step": self.step, "ids": samples})
+            self.folder.append("ledger.jsonl", {"step": self.step, "ids": gather_object(ids)})
         return float(sums.floats[0]) / self.plan.passes, lr
 
     def explain(self, sums: StepSums, slots: list[range]) -> None:

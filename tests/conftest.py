@@ -146,7 +146,7 @@ def play(processes: int, recipe: Path, *overrides: str, **how: Any) -> str:
 def tiny_overrides(folder: Path) -> tuple[str, ...]:
     """Overrides of the demo's resnet50.yaml: 1,009 + 199 of its images (both prime), four blocks instead of sixteen.
 
-    12 passes of 8 images a step, so W = 1, 2, 3, 4, 6, 12. The images are written to `folder`.
+    12 passes of 8 images a step, which W = 1, 2, 3, 4, 6, 12 divide. The images are written to `folder`.
     """
     for source, rows in (
         ("train-00000-of-00005", 500),
@@ -167,14 +167,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> dict[int, Path]:
-    """{processes: run folder}: the same 24 steps, more than two epochs, with 1, 2, 3 and 4 processes.
+    """{processes: run folder}: the same 24 steps, more than two epochs, with 1 to 5 processes (5 do not divide 12).
 
     Under pytest-xdist the first worker that wants them trains them for all.
     """
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tiny_runs"
     folder.mkdir(exist_ok=True)
-    runs = {processes: folder / str(processes) for processes in (1, 2, 3, 4)}
+    runs = {processes: folder / str(processes) for processes in (1, 2, 3, 4, 5)}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():

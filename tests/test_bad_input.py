@@ -79,7 +79,8 @@ def test_one_line_that_names_the_remedy(override: str, words: list[str], capsys:
 
 
 def test_processes_that_do_not_divide(capsys: pytest.CaptureFixture) -> None:
-    assert "use 4 or 6 processes" in complaint(capsys, processes=5)
+    assert "use 24 processes" in complaint(capsys, processes=25)
+    assert "use 4 or 6 processes" in complaint(capsys, "runtime.deterministic=false", processes=5)
     assert "at least one" in complaint(capsys, processes=0)
 
 

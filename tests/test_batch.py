@@ -10,14 +10,36 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.refusal import RecipeError
 
 
-def plan(samples: int = 10_007, processes: int = 1, *overrides: str) -> BatchPlan:
-    return BatchPlan.of(config.load(DEMO / "resnet50.yaml", list(overrides)), samples, processes)
+def plan(samples: int = 10_007, processes: int = 1, *overrides: str, even: bool = True) -> BatchPlan:
+    return BatchPlan.of(config.load(DEMO / "resnet50.yaml", list(overrides)), samples, processes, even)
 
 
 def test_passes_cover_the_step_for_every_process_count() -> None:
     for processes in (1, 2, 3, 4, 6, 8, 12, 24):
         p = plan(10_007, processes)
         assert [i for rank in range(processes) for i in p.local_passes(rank)] == list(range(24))
+
+
+@pytest.mark.parametrize("processes", range(1, 25))
+def test_where_the_order_free_sum_adds_any_number_of_processes_shares_the_passes(processes: int) -> None:
+    p = plan(10_007, processes, even=False)
+    shares = [p.local_passes(rank) for rank in range(processes)]
+    assert [i for share in shares for i in share] == list(range(24))
+    assert max(map(len, shares)) == p.passes_per_process and {len(share) for share in shares} <= {
+        24 // processes,
+        p.passes_per_process,
+    }
+
+
+def test_more_processes_than_passes_are_refused_even_there() -> None:
+    with pytest.raises(RecipeError) as error:
+        plan(10_007, 25, even=False)
+    assert str(error.value) == (
+        "25 processes are more than the 24 passes of a step (global_batch=768 / micro_batch=32): use 24 processes"
+    )
+    smaller = ("bn_group=8", "runtime.micro_batch=32")
+    with pytest.raises(RecipeError, match="use 24 processes, or runtime.micro_batch=24"):
+        plan(10_007, 25, *smaller, even=False)
 
 
 def test_evaluations_end_every_epoch_and_the_run() -> None:
@@ -54,4 +76,11 @@ def test_the_start_up_line_names_every_number() -> None:
     assert BatchPlan.of(recipe, 1_281_167, 8).start_up_line() == (
         "global_batch 32768 = 8 processes x 16 passes x micro_batch 256 (4 of bn_group 64) | "
         "1,281,167 samples x 90 epochs = 3,519 steps"
+    )
+    assert (
+        BatchPlan.of(recipe, 1_281_167, 24, even=False)
+        .start_up_line()
+        .startswith(
+            "global_batch 32768 = 128 passes (on 24 processes, 5 or 6 each) x micro_batch 256 (4 of bn_group 64) | "
+        )
     )

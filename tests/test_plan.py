@@ -26,6 +26,7 @@ from lars.plan.cost import (
     step_of,
 )
 from lars.plan.plan import Plan, choose_passes, main, make_plan, with_devices
+from lars.plan.render import report
 from lars.recipe import config
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError
@@ -159,10 +160,32 @@ def test_the_largest_pass_that_fits_is_a_multiple_of_bn_group_and_lets_the_devic
     assert choose_passes(recipe, 1_281_167, 8, 10**9).micro_batch == 4_096  # one pass a device
     assert choose_passes(recipe, 1_281_167, 512, 1_500).micro_batch == 64
     assert choose_passes(recipe, 1_281_167, 8, 3).micro_batch == 64  # nothing fits: the smallest, and the plan says so
-    with pytest.raises(RecipeError, match="2048 processes do not divide the 512 passes .* use 512"):
+    with pytest.raises(RecipeError, match="2048 processes are more than the 512 passes .* use 512"):
         choose_passes(recipe, 1_281_167, 2_048, 1_500)
+    apart = config.load(RESNET, ["runtime.deterministic=false"])
+    with pytest.raises(RecipeError, match="24 processes do not divide the 512 passes .* use 16 or 32"):
+        choose_passes(apart, 1_281_167, 24, 1_500)
     fixed = config.load(RESNET, ["runtime.micro_batch=256"])
     assert choose_passes(fixed, 1_281_167, 8, 10**9).micro_batch == 256
+
+
+def test_devices_that_do_not_divide_the_passes_share_them_as_well_as_they_can() -> None:
+    """24 devices: 22 x 64 and 11 x 128 images are 3 % more than a share, 6 x 256 are 13 %; of equals the larger."""
+    recipe = config.load(RESNET, [])
+    assert choose_passes(recipe, 1_281_167, 24, 1_500).micro_batch == 128
+    assert choose_passes(recipe, 1_281_167, 8, 1_500, sweep=[24]).micro_batch == 128  # one for both: one hash
+
+
+def test_the_device_with_most_passes_is_the_plan_s_speed() -> None:
+    """24 passes on 7 devices take the time of 28: four each."""
+    uneven, even = (
+        make_plan(config.load(DEMO / "resnet50.yaml", [*TINY, f"global_batch={batch}"]), cluster("h100-8", "devices=7"))
+        for batch in (768, 28 * 32)
+    )
+    assert uneven.batch.passes_per_process == even.batch.passes_per_process == 4
+    assert uneven.step.seconds == even.step.seconds
+    assert "14.3% of the devices' time is waiting for those with one pass more" in report(uneven, RESNET, [])
+    assert "uneven" not in report(even, RESNET, [])
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +252,7 @@ def test_a_sweep_prints_a_line_each_and_draws(capsys: pytest.CaptureFixture, tmp
     ("recipe", "place", "keys", "said"),
     [
         (DEMO / "resnet50.yaml", "cpu-2", ["--devices", "5"], "do not fill nodes of 2: use 4 or 6"),
-        (DEMO / "resnet50.yaml", "h100-8", ["--devices", "7"], "7 processes do not divide the 24 passes"),
+        (DEMO / "resnet50.yaml", "h100-8", ["--devices", "25"], "do not fill nodes of 8"),
         (DEMO / "resnet50.yaml", "cpu-2", ["data.path=some/where"], "give data.path=FOLDER"),
         (DEMO / "resnet50.yaml", "cpu-2", ["bn_grop=3"], "did you mean 'bn_group'"),
         (DEMO / "nothing.yaml", "cpu-2", [], "no recipe at"),

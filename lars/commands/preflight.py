@@ -58,7 +58,7 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     for index in (train, val):
         check_memory(index)
-    plan = BatchPlan.of(recipe, train.samples, processes)
+    plan = BatchPlan.of(recipe, train.samples, processes, even=engine != "plain" or not recipe.runtime.deterministic)
     build_optimizer(recipe, model := build_model(recipe)[0])
     check_room(Path(recipe.run_dir), recipe.checkpoint.keep, model)
     return Preflight(train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}")

@@ -49,7 +49,7 @@ class Work:
     samples: int
     validation: int
     epochs: float
-    global_batch: int
+    global_batch: int  # as if every device had as many passes as the one that has most
     micro_batch: int
     precision: str
     wire_bytes: float  # per gradient element

@@ -2,16 +2,19 @@
 
 CLUSTER is a file of launch/clusters/ (or your own). It prints time, steps, passes, memory, bottleneck, cost, and the
 command that starts the run: the launch file and the largest `runtime.micro_batch` that fits. `--json` is for scripts.
-`--devices 8,16,64` plans for several numbers of such devices, `--picture FILE` draws them. Nothing is trained or
-downloaded. How far off the model is: launch/clusters/README.md. Exit status 2, with one line, for what cannot be.
+`--devices 8,16,64` plans for several numbers of such devices, with one micro_batch for all of them, and `--picture
+FILE` draws them. Nothing is trained or downloaded. How far off the model is: launch/clusters/README.md. Exit status 2,
+with one line, for what cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,11 +125,11 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
-    """Count the model, choose the passes, add up.
+def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Plan:
+    """Count the model, choose the passes (one micro_batch for all numbers of devices in `sweep`), add up.
 
     Raises:
-        RecipeError: the devices do not divide the passes, whatever the micro_batch; the data cannot be looked at.
+        RecipeError: the devices cannot share the passes, whatever the micro_batch; the data cannot be looked at.
     """
     samples, validation, image_bytes = data_of(recipe)
     model, _ = build_model(recipe)
@@ -137,14 +140,14 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     summed = recipe.runtime.deterministic or cluster.devices == 1
     state = (PLAIN_BYTES if summed else DDP_BYTES) * counts.weights
     room = USABLE * cluster.device.memory_bytes - state
-    batch = choose_passes(recipe, samples, cluster.devices, int(room // _activations(recipe, counts, 1)))
+    batch = choose_passes(recipe, samples, cluster.devices, int(room // _activations(recipe, counts, 1)), sweep)
     counts = replace(counts, operations=count_operations(model, batch.micro_batch, size))
     work = Work(
         counts=counts,
         samples=samples,
         validation=validation,
         epochs=recipe.epochs,
-        global_batch=recipe.global_batch,
+        global_batch=batch.passes_per_process * batch.micro_batch * batch.processes,
         micro_batch=batch.micro_batch,
         precision=recipe.precision,
         wire_bytes=INTEGER_BYTES if recipe.runtime.deterministic else FLOAT_BYTES,
@@ -156,18 +159,30 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)
 
 
-def choose_passes(recipe: Recipe, samples: int, devices: int, images_that_fit: int) -> BatchPlan:
-    """The recipe's micro_batch, or the largest multiple of bn_group that fits and lets `devices` divide the passes.
+def choose_passes(
+    recipe: Recipe, samples: int, devices: int, images_that_fit: int, sweep: Iterable[int] = ()
+) -> BatchPlan:
+    """The recipe's micro_batch, or the one that `devices`, and all numbers of devices of a sweep, share best.
 
-    Where not even the smallest fits, that one: the plan then says so.
+    Of several it is the largest. A sweep has one, since the passes decide a run's bits: whoever follows it keeps one
+    hash. It is a multiple of bn_group that fits; where not even the smallest fits, that one: the plan then says so.
     """
-    group, batch = recipe.bn_group or 1, recipe.global_batch
-    most = batch // devices if batch <= samples else 0  # a larger batch is refused below
-    allowed = [m for m in range(group, most + 1, group) if batch % (m * devices) == 0]
+    group, batch, even = recipe.bn_group or 1, recipe.global_batch, not recipe.runtime.deterministic
+    counts = {devices, *sweep}
+    most = batch // max(counts) if batch <= samples else 0  # a larger batch is refused below
+    allowed = [m for m in range(group, most + 1, group) if batch % m == 0]
+    if even:
+        allowed = [m for m in allowed if not any(batch % (m * count) for count in counts)]
+
+    def busiest(micro: int) -> float:
+        """Images of the device with most passes, in units of its share; the largest of all counts."""
+        return max(math.ceil(batch / micro / count) * micro * count / batch for count in counts)
+
     if recipe.runtime.micro_batch is None:
-        best = max((m for m in allowed if m <= images_that_fit), default=min(allowed, default=group))
+        fitting = [m for m in allowed if m <= images_that_fit] or allowed[:1] or [group]
+        best = max(fitting, key=lambda micro: (-busiest(micro), micro))
         recipe = replace(recipe, runtime=replace(recipe.runtime, micro_batch=best))
-    return BatchPlan.of(recipe, samples, devices)
+    return BatchPlan.of(recipe, samples, devices, even)
 
 
 def data_of(recipe: Recipe) -> tuple[int, int, float]:
@@ -219,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = config.load(args.recipe, args.overrides)
         cluster = load_cluster(args.cluster)
         clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]
-        plans = [make_plan(recipe, each) for each in clusters]
+        plans = [make_plan(recipe, each, sweep=args.devices or ()) for each in clusters]
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,17 +26,22 @@ def report(plan: Plan, file: Path, overrides: list[str]) -> str:
     }
     shares = [f"{name} {100 * seconds / step.seconds:.1f} %" for name, seconds in parts.items()]
     groups = f" ({batch.micro_batch // batch.bn_group} of bn_group {batch.bn_group})" if batch.bn_group else ""
+    shared = f"{batch.processes} devices x {batch.passes_per_process} passes"
+    if uneven := batch.passes % batch.processes:
+        shared = f"{batch.passes} passes, {batch.passes_per_process} on each of {uneven} of {batch.processes} devices"
     lines = [
         f"{plan.recipe.name} on {cluster.name}: about {duration(plan.seconds)}",
         f"  steps       {plan.steps:,} of {step.seconds:.3g} s, {plan.evaluations} evaluations "
         f"({duration(whole)} of the time)",
-        f"  a step      {batch.global_batch:,} images = {batch.processes} devices x {batch.passes_per_process} passes "
-        f"x micro_batch {batch.micro_batch}{groups}",
+        f"  a step      {batch.global_batch:,} images = {shared} x micro_batch {batch.micro_batch}{groups}",
         f"  speed       {plan.images_per_second:,.0f} images/s: {', '.join(shares)}",
         f"  bottleneck  {plan.bottleneck}",
         f"  memory      {plan.state_bytes / 1e9:.2f} GB of state + {plan.activation_bytes / 1e9:.1f} GB of activations "
         f"of {cluster.device.memory_bytes / 1e9:.0f} GB a device ({USABLE:.0%} counted as usable)",
     ]
+    if uneven:
+        idle_share = 1 - batch.passes / (batch.passes_per_process * batch.processes)
+        lines.append(f"  uneven      {idle_share:.1%} of the devices' time is waiting for those with one pass more")
     if not plan.fits:
         lines.append(
             "              does not fit: add runtime.activation_checkpointing=true, or take a device with more memory"

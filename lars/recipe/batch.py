@@ -1,8 +1,9 @@
 """Slots, passes and processes: the arithmetic of a step, refused where it does not come out even.
 
 A step consumes `global_batch` slots. A pass is one forward and backward over `micro_batch` consecutive slots; a step
-has V = global_batch / micro_batch passes, and each of W processes plays V / W in a row. `bn_group` consecutive slots
-share batch-norm statistics, inside one pass.
+has V = global_batch / micro_batch passes. Each of W processes plays V / W of them in a row, rounded down or up where
+the order-free sum adds them, which does not mind; every other engine needs a W that divides V. `bn_group` consecutive
+slots share batch-norm statistics, inside one pass.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ class BatchPlan:
     epochs: float
 
     @classmethod
-    def of(cls, recipe: Recipe, samples: int, processes: int) -> BatchPlan:
+    def of(cls, recipe: Recipe, samples: int, processes: int, even: bool = True) -> BatchPlan:
         """Check and collect the numbers.
+
+        Args:
+            even: whether every process has to play as many passes as the others.
 
         Raises:
             RecipeError: something does not divide (the message names the nearest values that do), or the data set has
@@ -39,7 +43,7 @@ class BatchPlan:
         if processes < 1:
             raise RecipeError(f"{processes} processes: at least one is needed")
         if samples < batch:  # first: what follows looks for divisors
-            largest = _largest(recipe, samples, processes)
+            largest = _largest(recipe, samples, processes, even)
             works = f"works on {processes} processes"
             remedy = f"the largest that {works} is {largest}" if largest else f"none {works}"
             raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}: {remedy}")
@@ -61,17 +65,14 @@ class BatchPlan:
                 f"runtime.micro_batch={micro} must be even"
             )
         passes = batch // micro
-        if passes % processes:
-            admits = [d for d in _divisors(batch) if d % (group or 1) == 0 and (batch // d) % processes == 0]
-            remedy = (
-                f", or runtime.micro_batch={max((d for d in admits if d <= micro), default=admits[0])}"
-                if admits
-                else ""
-            )
+        if not _can_share(passes, processes, even):
+            admits = [m for m in _divisors(batch) if m % (group or 1) == 0 and _can_share(batch // m, processes, even)]
+            smaller = max((m for m in admits if m <= micro), default=min(admits, default=None))
+            remedy = f", or runtime.micro_batch={smaller}" if smaller else ""
+            counts = _divisors(passes) if even else [passes]
             raise RecipeError(
-                f"{processes} processes do not divide the {passes} passes of a step (global_batch={batch} / "
-                f"micro_batch={micro}): use {_nearest(processes, _divisors(passes)).removeprefix('use ')} processes"
-                f"{remedy}"
+                f"{processes} processes {'do not divide' if even else 'are more than'} the {passes} passes of a step "
+                f"(global_batch={batch} / micro_batch={micro}): {_nearest(processes, counts)} processes{remedy}"
             )
         plan = cls(samples, batch, micro, group, processes, recipe.epochs)
         if plan.horizon >= MOST_STEPS:
@@ -86,7 +87,8 @@ class BatchPlan:
 
     @property
     def passes_per_process(self) -> int:
-        return self.passes // self.processes
+        """The most that a process plays in a step: ceil(V / W)."""
+        return -(-self.passes // self.processes)
 
     @property
     def steps(self) -> int:
@@ -108,27 +110,35 @@ class BatchPlan:
         return step * 100 // self.steps > (step - 1) * 100 // self.steps
 
     def local_passes(self, rank: int) -> range:
-        """The indices of the passes that this process plays in every step."""
-        return range(rank * self.passes_per_process, (rank + 1) * self.passes_per_process)
+        """The indices of the passes that this process plays in every step: floor(V / W) or ceil(V / W) of them."""
+        return range(rank * self.passes // self.processes, (rank + 1) * self.passes // self.processes)
 
     def start_up_line(self) -> str:
         """Every batch number, with its full name, in one line."""
         groups = (
             f"{self.micro_batch // self.bn_group} of bn_group {self.bn_group}" if self.bn_group else "no batch norm"
         )
+        fewest, most = self.passes // self.processes, self.passes_per_process
+        if fewest == most:
+            shared = f"{self.processes} processes x {most} passes"
+        else:
+            shared = f"{self.passes} passes (on {self.processes} processes, {fewest} or {most} each)"
         return (
-            f"global_batch {self.global_batch} = {self.processes} processes x {self.passes_per_process} passes x "
-            f"micro_batch {self.micro_batch} ({groups}) | "
+            f"global_batch {self.global_batch} = {shared} x micro_batch {self.micro_batch} ({groups}) | "
             f"{self.samples:,} samples x {self.epochs:g} epochs = {self.steps:,} steps"
         )
 
 
-def _largest(recipe: Recipe, samples: int, processes: int) -> int | None:
+def _can_share(passes: int, processes: int, even: bool) -> bool:
+    return passes % processes == 0 if even else passes >= processes
+
+
+def _largest(recipe: Recipe, samples: int, processes: int, even: bool) -> int | None:
     """The largest global_batch of at most `samples` that a step of so many processes can be made of."""
     group, own = recipe.bn_group or 1, recipe.runtime.micro_batch or recipe.bn_group
     for batch in range(samples, 0, -1):
         micro = own or math.gcd(batch, 64)
-        if batch % micro == 0 and micro % group == 0 and batch // micro % processes == 0:
+        if batch % micro == 0 and micro % group == 0 and _can_share(batch // micro, processes, even):
             return batch
     return None
 

@@ -33,7 +33,7 @@ from lars.run.reading import read_lines, read_result
 def test_one_hash_at_any_number_of_processes(tiny_runs: dict[int, Path]) -> None:
     results = {w: read_result(run) for w, run in tiny_runs.items()}
     assert {r["status"] for r in results.values()} == {"finished"}
-    assert [r["world_size"] for r in results.values()] == [1, 2, 3, 4]
+    assert [r["world_size"] for r in results.values()] == [1, 2, 3, 4, 5]
     assert {r["reproducibility"] for r in results.values()} == {"bitwise"}
     assert len({r["weights_sha256"] for r in results.values()}) == 1
     assert len({r["samples_hash"] for r in results.values()}) == 1
@@ -41,7 +41,7 @@ def test_one_hash_at_any_number_of_processes(tiny_runs: dict[int, Path]) -> None
         w: [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(run / "metrics.jsonl")]
         for w, run in tiny_runs.items()
     }
-    assert lines[1] == lines[2] == lines[3] == lines[4]
+    assert lines[1] == lines[2] == lines[3] == lines[4] == lines[5]
 
 
 def test_the_hash_is_of_the_saved_weights(tiny_runs: dict[int, Path]) -> None:
@@ -58,7 +58,7 @@ def test_every_epoch_is_a_permutation_in_the_same_slots(tiny_runs: dict[int, Pat
         streams.append([i for line in lines for i in line["ids"]])
         consumed = sum(samples_hash(n, range(96), np.array(line["ids"])) for n, line in enumerate(lines))
         assert f"{consumed % 2**64:016x}" == read_result(run)["samples_hash"]
-    assert streams[0] == streams[1] == streams[2] == streams[3]
+    assert all(stream == streams[0] for stream in streams)
     assert sorted(streams[0][:1009]) == sorted(streams[0][1009:2018]) == list(range(1009))
     assert streams[0][:1009] != streams[0][1009:2018]
 
@@ -66,7 +66,7 @@ def test_every_epoch_is_a_permutation_in_the_same_slots(tiny_runs: dict[int, Pat
 def test_evaluation_counts_every_image_at_any_number_of_processes(tiny_runs: dict[int, Path]) -> None:
     evaluations = [read_lines(run / "metrics.jsonl", "eval") for run in tiny_runs.values()]
     assert all(line["images"] == 199 for lines in evaluations for line in lines)  # 25 chunks of 8, the last one of 7
-    assert evaluations[0] == evaluations[1] == evaluations[2] == evaluations[3]
+    assert all(lines == evaluations[0] for lines in evaluations)
     assert len(evaluations[0]) == 3
 
 
@@ -436,6 +436,40 @@ def test_one_process_where_two_were_asked_for_is_an_error(tmp_path: Path, tiny: 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode != 0 and len(errors) == 1 and "launch/cpu-2.yaml" in errors[0]
+
+
+PRIME = ("global_batch=88", "max_steps=12", "checkpoint.every_steps=2")  # 11 passes, which no other number divides
+
+
+@pytest.mark.long
+def test_passes_that_nobody_divides_give_one_hash(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    hashes = set()
+    for processes in (1, 2, 3, 5, 7, 11):
+        run = tmp_path / str(processes)
+        play(processes, DEMO / "resnet50.yaml", *tiny, *PRIME, f"run_dir={run}", log=tmp_path / "log")
+        result = read_result(run)
+        assert (result["world_size"], result["reproducibility"]) == (processes, "bitwise")
+        hashes.add((result["weights_sha256"], result["samples_hash"]))
+    assert len(hashes) == 1
+
+
+@pytest.mark.long
+def test_a_run_that_loses_one_of_four_goes_on_with_three(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    """Killed while 4 share 11 passes; then 3 share them until a SIGTERM, whose vote comes in one pass of all."""
+    recipe, log = DEMO / "resnet50.yaml", tmp_path / "log"
+    play(1, recipe, *tiny, *PRIME, f"run_dir={tmp_path / 'whole'}", log=log)
+    keys = (*tiny, *PRIME, f"run_dir={tmp_path / 'run'}")
+    ranks = start_ranks(4, recipe, *keys, log=log)
+    wait_for_step(tmp_path / "run", 3, ranks.processes[0].is_alive)
+    ranks.processes[3].kill()
+    assert ranks.wait()[3] == -signal.SIGKILL
+    ranks = start_ranks(3, recipe, *keys, log=log)
+    wait_for_step(tmp_path / "run", 7, ranks.processes[0].is_alive)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert ranks.wait() == [75] * 3, ranks.output
+    play(3, recipe, *keys, log=log)
+    for key in ("weights_sha256", "samples_hash", "steps", "top1"):
+        assert read_result(tmp_path / "run")[key] == read_result(tmp_path / "whole")[key]
 
 
 @pytest.mark.long
