@@ -132,12 +132,13 @@ def two_steps(recipe: str, cpu: str, data: Path, run: Path, *more: str, pinned: 
 
 
 def emulate(command: list[str], run: Path) -> None:
-    """Run an emulated command to its end, from the start again where it stands still.
+    """Run an emulated command to its end, from the start again where qemu's fork goes wrong.
 
-    A process that qemu forks can wait for ever for a lock that another thread held at that moment: one in eight did.
+    A process that qemu forks can wait for ever for a lock that another thread held at that moment (one in eight did),
+    or end at once (one in thirty).
 
     Raises:
-        RuntimeError: it did not end well, or stood still three times.
+        RuntimeError: it did not end well, or its forks went wrong three times.
     """
     for _ in range(3):
         shutil.rmtree(run, ignore_errors=True)
@@ -155,8 +156,9 @@ def emulate(command: list[str], run: Path) -> None:
                 return
             if ended is not None:
                 log.seek(0)
-                raise RuntimeError(f"{command} ended with {ended}: {log.read()[-4000:]}")
-    raise RuntimeError(f"{command} stood still three times")
+                if "process of the loader ended" not in (said := log.read()):
+                    raise RuntimeError(f"{command} ended with {ended}: {said[-4000:]}")
+    raise RuntimeError(f"{command}: its forked processes stood still or ended three times")
 
 
 def _status_or_standstill(process: subprocess.Popen) -> int | None:
