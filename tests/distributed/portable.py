@@ -135,7 +135,7 @@ def emulate(command: list[str], run: Path) -> None:
     """Run an emulated command to its end, from the start again where qemu's fork goes wrong.
 
     A process that qemu forks can wait for ever for a lock that another thread held at that moment (one in eight did),
-    or end at once (one in thirty).
+    or, more rarely, end at once.
 
     Raises:
         RuntimeError: it did not end well, or its forks went wrong three times.
