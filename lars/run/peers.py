@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,7 +184,7 @@ def _store(address: str, port: int) -> dist.Store:
     """torch's store, once the process that holds it has started.
 
     Raises:
-        Alone: its place has no address, is taken, or something else answers there.
+        Alone: its place has no address, is taken, something else answers there, or the launcher that held it is gone.
     """
     for _ in range(_UNKNOWN):
         try:
@@ -204,16 +204,22 @@ def _store(address: str, port: int) -> dist.Store:
         except Exception as error:
             failed.append(error)
 
-    thread, mute = threading.Thread(target=ask, daemon=True), 0  # torch waits for an answer without end
+    thread, mute, closed = threading.Thread(target=ask, daemon=True), 0, 0  # torch waits for an answer without end
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher, before it starts a process
     thread.start()
     thread.join(1)
-    while thread.is_alive() and mute < _MUTE:
-        with suppress(OSError), socket.create_connection((address, port), timeout=1):
+    while thread.is_alive() and mute < _MUTE and closed < _MUTE:
+        try:
+            socket.create_connection((address, port), timeout=1).close()
             mute += 1
+        except OSError:
+            closed += held
         thread.join(1)
     if found:
         return found[0]
     why = one_line(failed[0]) if failed else "whoever listens there does not answer as torch's store does"
+    if closed >= _MUTE:
+        raise Alone(f"nobody listens at MASTER_ADDR={address} MASTER_PORT={port} any more: the launcher is gone")
     raise Alone(
         f"MASTER_ADDR={address} MASTER_PORT={port} is no place to meet: {why}; give a port that nobody else uses"
     )

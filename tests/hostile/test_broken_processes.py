@@ -690,6 +690,12 @@ def limited(folder: Path) -> None:
         {**SIX, "RANK": "1", "MASTER_PORT": "taken"},
         "does not answer",
     ),
+    (
+        "a launcher that is killed before its processes have met",
+        "refused after a minute",
+        {**SIX, "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        "the launcher is gone",
+    ),
     arguments="variables, words",
 )
 def test_wrong_variables(
@@ -697,7 +703,7 @@ def test_wrong_variables(
 ) -> None:
     monkeypatch.setattr(peers, "_UNKNOWN", 1)
     monkeypatch.setattr(peers, "_MUTE", 2)
-    monkeypatch.setattr(peers, "_FIRST_MEETING", timedelta(seconds=5))  # nobody else will come, should it wait
+    monkeypatch.setattr(peers, "_FIRST_MEETING", timedelta(seconds=15))  # nobody else will come, should it wait
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in SIX:
         monkeypatch.delenv(name, raising=False)
