@@ -29,7 +29,9 @@ class Draw(IntEnum):
 
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
 DRAWS = max(Draw) + 1
-_SECTION = re.compile(r"(m|n|mmax|inc)(\d{1,4})|(p|mstd)(\d+(?:\.\d+)?)|(t)(weights|3a|3aw)")  # of a RandAugment policy
+_SECTION = re.compile(
+    r"(m|n|mmax)(\d{1,4})|(inc)([01])|(p|mstd)(\d+(?:\.\d+)?)|(t)(weights|3a|3aw)"
+)  # of a RandAugment policy
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # of random erasing, as in timm
 
 
@@ -70,16 +72,15 @@ def training_image(data: bytes | memoryview | None, augment: Augment, size: int,
 
 
 def check_policy(policy: str) -> None:
-    """Refuse a RandAugment policy of which timm would leave something out, or cut it to a limit, without a word.
-
-    Raises:
-        RecipeError
-    """
+    """Raise RecipeError for a RandAugment policy that timm would silently cut to a limit, or in part leave out."""
     name, *sections = policy.split("-")
-    matches = [_SECTION.fullmatch(section) for section in sections]
-    found = dict(filter(None, match.groups()) for match in matches if match)
+    found = {}
+    for section in sections:
+        if match := _SECTION.fullmatch(section):
+            key, value = filter(None, match.groups())
+            found[key] = value
     known = name == "rand" and len(found) == len(sections)  # each section is one, and none stands twice
-    if not known or found.get("inc", "1") not in ("0", "1") or not 0 <= float(found.get("p", 0)) <= 1:
+    if not known or float(found.get("p", 0)) > 1:
         raise RecipeError(f"augment.randaugment={policy} is no policy of timm: write it as in rand-m9-mstd0.5-inc1")
     limit = int(found.get("mmax", 10))
     if int(found.get("m", limit)) > limit:

@@ -29,9 +29,8 @@ class Content:
     """
 
     def __init__(self, groups: int) -> None:
-        self.seen, self.known = np.frombuffer(mmap.mmap(-1, 32 * max(1, groups)), _HASH)[: 4 * groups].reshape(
-            2, groups, 2
-        )
+        memory = mmap.mmap(-1, 32 * max(1, groups))
+        self.seen, self.known = np.frombuffer(memory, _HASH, 4 * groups).reshape(2, groups, 2)
 
     def see(self, group: int, digest: bytes) -> bool:
         """Keep the first 16 bytes of what a row group hashes to; False if it is not what was read before."""
@@ -45,9 +44,7 @@ class Content:
 
     def read(self) -> np.ndarray:
         """int64 (row groups, 2): what is known here."""
-        first = np.where(self.seen[:, 0] == 0, self.known[:, 0], self.seen[:, 0])
-        second = np.where(self.seen[:, 0] == 0, self.known[:, 1], self.seen[:, 1])
-        return np.stack([first, np.where(first == 0, 0, second)], 1)
+        return np.where(self.seen[:, :1] == 0, self.known, self.seen)
 
     def learn(self, hashes: np.ndarray) -> None:
         """Take over what other processes, or this run before it was resumed, have read."""

@@ -78,9 +78,8 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
     inlet, outlet = os.pipe()
 
     def look() -> None:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 2
-        )  # the last words of C++ help nobody, nor does its memory on the disk
+        # What C++ says when it aborts helps nobody, nor does a core file.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with os.fdopen(outlet, "wb") as stream:

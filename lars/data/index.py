@@ -129,66 +129,69 @@ def _folder(data: Data) -> str:
     return os.path.expanduser(data.place.removeprefix("file://"))
 
 
-def resolve(data: Data) -> dict[str, list[str]]:
+def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:
     """{split: its files in the order of their base names}, of a Hub id, a folder or its address (https://, s3://, ...).
+
+    Args:
+        key: what the user gave it as, for errors.
 
     Raises:
         RecipeError: there is nothing, or no access to it.
     """
-    from huggingface_hub.errors import GatedRepoError
-
-    path = _folder(data)
+    path, named = _folder(data), f"{key}{data.path}"
     local, address = os.path.isdir(path), "://" in path
     if address and ("@" in path or "?" in path):  # it would stand in config.yaml and in logs
         raise RecipeError(
             "data.path holds credentials or a signature: leave them to the file system's own environment variables"
         )
     if path.startswith("hf://datasets/"):  # it would follow the newest commit
-        raise RecipeError(
-            f"data.path={data.path}: give the Hub id alone (owner/name), and a commit or tag as data.revision"
-        )
+        raise RecipeError(f"{named}: give the Hub id alone (owner/name), and a commit or tag as data.revision")
     if local and os.path.samefile(path, os.sep):
-        raise RecipeError(f"data.path={data.path} is the whole machine: name the folder of the data set")
+        raise RecipeError(f"{named} is the whole machine: name the folder of the data set")
     if not local and not address and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise RecipeError(f"data.path={data.path}: no such folder")
+        raise RecipeError(f"{named}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):
-        raise RecipeError(f"data.path={data.path} holds no .parquet file")
+        raise RecipeError(f"{named} holds no .parquet file")
     try:
-        if address:
-            files = Source(path, data.retry_seconds).files
-            parts = {
-                split: files.glob(f"{path.rstrip('/')}/{split}-*.parquet")
-                for split in (data.train_split, data.val_split)
-            }
-            parts = {split: list(map(files.unstrip_protocol, names)) for split, names in parts.items() if names}
-        else:
-            import datasets  # two seconds; not needed by anything that only handles an Index
-
-            # of a Hub data set, paths that name the commit which is the revision's now
-            parts = datasets.load_dataset_builder(path, revision=data.revision).config.data_files or {}
+        parts = _files_at(path, data) if address else _files_of(path, data.revision)
     except Exception as error:
-        raise RecipeError(_explain_access(data.path, error, GatedRepoError)) from None
+        raise RecipeError(_explain_access(data.path, named, error)) from None
     found = {str(split): sorted(map(str, files), key=os.path.basename) for split, files in parts.items()}
     for split, names in found.items():
         twice = [name for name, count in Counter(map(os.path.basename, names)).items() if count > 1]
         if twice:
-            raise RecipeError(
-                f"split {split!r} of data.path={data.path} has two files named {twice[0]}: "
-                "sample ids need one order of names"
-            )
+            two = f"two files named {twice[0]}: sample ids need one order of names"
+            raise RecipeError(f"split {split!r} of {named} has {two}")
     return found
 
 
-def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
+def _files_at(address: str, data: Data) -> dict[str, list[str]]:
+    files, found = Source(address, data.retry_seconds).files, {}
+    for split in (data.train_split, data.val_split):
+        if names := files.glob(f"{address.rstrip('/')}/{split}-*.parquet"):
+            found[split] = [files.unstrip_protocol(name) for name in names]
+    return found
+
+
+def _files_of(path: str, revision: str | None) -> dict[str, list[str]]:
+    """Of a folder or a Hub data set; of the latter, paths that name the commit which is the revision's now."""
+    import datasets  # two seconds; not needed by anything that only handles an Index
+
+    return datasets.load_dataset_builder(path, revision=revision).config.data_files or {}
+
+
+def _explain_access(path: str, named: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError
+
     chain = causes(error)
-    if any(isinstance(e, gated) or "is a gated dataset" in str(e) for e in chain):
+    if any(isinstance(e, GatedRepoError) or "is a gated dataset" in str(e) for e in chain):
         return (
-            f"data.path={path} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then "
+            f"{named} is gated: accept its licence at huggingface.co/datasets/{path} while logged in, then "
             "run `hf auth login` (or set HF_TOKEN) on every node"
         )
     if any(isinstance(e, ConnectionError) for e in chain):
-        return f"data.path={path}: no folder of that name here, and the Hub cannot be reached"
-    return f"data.path={path}: {one_line(next((e for e in chain if isinstance(e, DataError)), error))}"
+        return f"{named}: no folder of that name here, and the Hub cannot be reached"
+    return f"{named}: {one_line(next((e for e in chain if isinstance(e, DataError)), error))}"
 
 
 def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int) -> Index:

@@ -26,6 +26,7 @@ from lars.data.reader import Pass, Reader
 from lars.data.source import DataError
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
+from lars.recipe.launched import decoders
 from lars.recipe.refusal import RecipeError
 
 log = logging.getLogger("lars")
@@ -45,9 +46,9 @@ class Batch:
 
 
 def workers_of(recipe: Recipe) -> int:
-    """Decoding processes of this rank: what the recipe says, else its share of the cores less the one that trains."""
+    """Decoding processes of this rank: what the recipe says, or else what the cores allow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return recipe.data.workers or min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return recipe.data.workers or decoders(cores, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:
@@ -252,10 +253,8 @@ class Loader:
                 how = (
                     f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
                 )
-                self.failure = (
-                    self.next,
-                    DataError(f"a {role} process of the loader {how}; if memory ran out, lower data.workers"),
-                )
+                told = f"a {role} process of the loader {how}; if memory ran out, lower data.workers"
+                self.failure = self.next, DataError(told)
                 return
         if self.silent > self.patience:
             states = {child: psutil.Process(child).status() for child in self.children}
@@ -264,7 +263,5 @@ class Loader:
                 self.children
             )[:1]
             named = ", ".join(f"{self.children[child]} process {child} ({states[child]})" for child in standing)
-            self.failure = (
-                self.next,
-                DataError(f"the loader has delivered nothing for {self.silent} s: {named} stands still"),
-            )
+            told = f"the loader has delivered nothing for {self.silent} s: {named} stands still"
+            self.failure = self.next, DataError(told)

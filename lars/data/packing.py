@@ -73,8 +73,9 @@ def packs(out: Path, found: Originals, file_mb: int) -> tuple[list[Job], dict[st
 def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tuple[list[Job], dict[str, Any]]:
     """Every Parquet file of the splits, under its base name, and what identifies them."""
     jobs, states = [], {}
+    there = resolve(Data(train_split=splits[0], val_split=splits[-1], path=path, revision=revision), "SOURCE ")
     for split in splits:
-        files = resolve(Data(train_split=split, val_split=split, path=path, revision=revision)).get(split)
+        files = there.get(split)
         if not files:
             raise RecipeError(f"{path} has no split {split!r}: --split takes what there is")
         source = Source(files[0], Data.retry_seconds)

@@ -79,7 +79,6 @@ class Reader:
         self.pool = ThreadPoolExecutor(_AT_ONCE)
         self.held: OrderedDict[Key, Future[_Group]] = OrderedDict()  # the last one used stands last
         self.sizes: dict[Key, float] = {}  # bytes of each held row group that are still to be taken, first estimated
-        self.total = 0.0  # their sum
         self.given_up: set[Key] = set()  # dropped for lack of memory before they were used up
         self.warned = False
         self.footers: dict[int, pq.FileMetaData] = {}
@@ -124,7 +123,7 @@ class Reader:
         """Start the reads of a pass; False if there is no memory for them now. The next pass to take `must` have it."""
         keys = [k for k in self._keys(ids, epochs) if k not in self.held]
         size = sum(map(self._size, keys))
-        if keys and self.total + size > self.limit:
+        if keys and sum(self.sizes.values()) + size > self.limit:
             if not must:
                 return False
             self._make_room(size, keep=set(self._keys(ids, epochs)))
@@ -156,25 +155,20 @@ class Reader:
             )
         self.given_up.discard(key)
         self.reads += 1
-        self._account(key, self._size(key))
+        self.sizes[key] = self._size(key)
         self.held[key] = self.pool.submit(self._load, key, np.flatnonzero(self._rows_wanted(key)))
 
     def _make_room(self, size: float, keep: set[Key]) -> None:
         """Give up what was used last: lanes take turns, so it is what will be used last again."""
         for key in list(reversed(self.held)):
-            if self.total + size <= self.limit:
+            if sum(self.sizes.values()) + size <= self.limit:
                 return
             if key not in keep and self.held[key].done():
                 self.given_up.add(key)
                 self._drop(key)
 
     def _drop(self, key: Key) -> None:
-        del self.held[key]
-        self.total -= self.sizes.pop(key)
-
-    def _account(self, key: Key, size: float) -> None:
-        self.total += size - self.sizes.get(key, 0.0)
-        self.sizes[key] = size
+        del self.held[key], self.sizes[key]
 
     def _take(self, ids: np.ndarray, epochs: np.ndarray) -> Samples:
         for past in [epoch for epoch in self.wanted if epoch < epochs[0]]:
@@ -196,7 +190,7 @@ class Reader:
                 self._drop(key)
         for key in self._keys(ids, epochs):
             if key in self.held:
-                self._account(key, sum(len(data or b"") for data in self.held[key].result().images.values()))
+                self.sizes[key] = sum(len(data or b"") for data in self.held[key].result().images.values())
         return Samples(ids, epochs, images, labels)
 
     def _load(self, key: Key, rows: np.ndarray) -> _Group:
@@ -289,9 +283,6 @@ class _Part:
 
     def tell(self) -> int:
         return self.position
-
-    def size(self) -> int:
-        return self.length
 
     def close(self) -> None:
         self.closed = True

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.config import conf
+from fsspec.implementations.local import LocalFileSystem
 
 from lars.recipe.refusal import hidden
 
@@ -46,14 +47,12 @@ class BadImages(DataError):
     def beyond(cls, bad: int, read: int, allowed: float) -> BadImages | None:
         """What is wrong with `bad` of `read` images, if that is a larger share than `allowed`."""
         least = math.ceil(bad / read * 1e4) / 1e4
-        return (
-            None
-            if bad <= allowed * read
-            else cls(
-                f"{bad} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows: "
-                f"repair the data, or allow data.max_bad_fraction={least:g}"
-                " or more; either is another run, so give another run_dir"
-            )
+        if bad <= allowed * read:
+            return None
+        return cls(
+            f"{bad} images could not be decoded (named above), more than data.max_bad_fraction={allowed:g} allows: "
+            f"repair the data, or allow data.max_bad_fraction={least:g}"
+            " or more; either is another run, so give another run_dir"
         )
 
 
@@ -68,17 +67,14 @@ class Source:
 
     def __init__(self, example: str, retry_seconds: float) -> None:
         self.retry_seconds, self.warned = retry_seconds, 0.0
-        options: dict[str, Any] = {
-            "skip_instance_cache": True
-        }  # no connection is shared with the process that forked this one
+        # No connection is shared with the process that forked this one.
+        options: dict[str, Any] = {"skip_instance_cache": True}
         self.http = example.startswith(("http://", "https://"))
         self.at_commit = example.startswith("hf://datasets/") and "@" in example  # what `datasets` gives for a Hub id
         if self.http:
             options["client_kwargs"] = _client(min(30.0, retry_seconds / 4))
         self.files, _ = fsspec.url_to_fs(example, **options)
-        self.local = "file" in (
-            self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,)
-        )
+        self.local = isinstance(self.files, LocalFileSystem)
 
     def state(self, path: str) -> str:
         """Size and version (time of change, ETag) of a file; it is another one after any change."""
@@ -94,11 +90,9 @@ class Source:
         Raises:
             DataError: they cannot be had within `retry_seconds`, or never.
         """
-        how = (
-            {"headers": {**self.files.kwargs.get("headers", {}), "If-Match": etag}}
-            if (etag := self._condition(state))
-            else {}
-        )
+        how = {}
+        if etag := self._condition(state):
+            how = {"headers": {**self.files.kwargs.get("headers", {}), "If-Match": etag}}
 
         def once() -> bytes:
             data = self.files.cat_file(path, start=start, end=stop, **how)

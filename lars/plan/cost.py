@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lars.engine.memory import activation_bytes
 from lars.plan.cluster import Cluster, Device, Link
+from lars.recipe.launched import decoders
 from lars.recipe.refusal import RecipeError, one_line
 
 BACKWARD = 3  # forward and backward in units of the forward: the backward takes one for inputs, one for weights
@@ -200,16 +201,11 @@ def evaluation_seconds(work: Work, cluster: Cluster) -> float:
     return forward + data if cluster.device.decodes else max(forward, data)
 
 
-def decoders(cluster: Cluster) -> int:
-    """Decoding threads of a device: its share of the cores less one, at most 16 (`data.workers` in config.py)."""
-    return max(1, min(16, cluster.node.cores // cluster.node.devices - 1))
-
-
 def _data_seconds(work: Work, cluster: Cluster) -> float:
     """Of one device, per image: the slower of decoding and reading."""
     if not work.image_bytes:
         return 0.0
     node = cluster.node
-    share = cluster.node.cores / cluster.node.devices if cluster.device.decodes else decoders(cluster)
+    share = node.cores / node.devices if cluster.device.decodes else decoders(node.cores, node.devices)
     decode = (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / share
     return max(decode, work.image_bytes * min(cluster.devices, node.devices) / node.storage_bytes_per_second)

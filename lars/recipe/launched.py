@@ -147,6 +147,11 @@ def process_count(environment: Mapping[str, str] = os.environ) -> int:
     return numbers.get("WORLD_SIZE", 1)
 
 
+def decoders(cores: int, processes: int) -> int:
+    """Decoding processes of each of a machine's `processes`: its share of the cores less the one that trains."""
+    return min(16, max(1, cores // processes - 1))
+
+
 def environment_of(launch_file: Path) -> dict[str, str]:
     """The variables that `accelerate launch` makes of a launch file, as far as `Launched.read` looks at them."""
     written = yaml.safe_load(launch_file.read_text())

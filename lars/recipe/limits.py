@@ -63,11 +63,6 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
             f"augment.eval_resize={recipe.augment.eval_resize} is smaller than "
             f"model.image_size={recipe.model.image_size}"
         )
-    if recipe.augment.randaugment is not None and not recipe.augment.randaugment.startswith("rand"):
-        raise RecipeError(
-            f"augment.randaugment={recipe.augment.randaugment} is no policy of timm: "
-            "write it as in rand-m9-mstd0.5-inc1"
-        )
     if recipe.data.retry_seconds >= recipe.runtime.hang_seconds:
         raise RecipeError(
             f"data.retry_seconds={recipe.data.retry_seconds:g} must be below "

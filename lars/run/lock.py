@@ -33,7 +33,15 @@ class LockLost(RuntimeError):
 class RunLock:
     """The right to write one run folder, held from `acquire` to `release`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str = "run_dir",
+        another: str = "give another run_dir=...",
+        own: str = "give this run its own run_dir=...",
+    ) -> None:
+        """For errors: `key` is what the user gave the folder as, and the others are the remedies."""
+        self.key, self.another, self.own = key, another, own
         self.file, self.token, self.count = folder / "lock", uuid.uuid4().hex, 0
         self.handle: int | None = None
         self.ended = threading.Event()
@@ -51,7 +59,7 @@ class RunLock:
                 self._wait_until_dead()
         except OSError as error:
             raise RecipeError(
-                f"run_dir={self.file.parent} cannot be written ({error.strerror}): give another run_dir=..."
+                f"{self.key}={self.file.parent} cannot be written ({error.strerror}): {self.another}"
             ) from None
         threading.Thread(target=self._keep_counting, daemon=True).start()
 
@@ -98,8 +106,7 @@ class RunLock:
         first, started, said = _read(self.file), time.monotonic(), False
         while first and (found := _read(self.file)) and found["token"] == first["token"]:
             if found["count"] != first["count"]:
-                remedy = "wait for it, or give this run its own run_dir=..."
-                raise RecipeError(f"{self.file.parent} is being written by {_who(found)}: {remedy}")
+                raise RecipeError(f"{self.file.parent} is being written by {_who(found)}: wait for it, or {self.own}")
             waited = time.monotonic() - started
             if _process_is_gone(found) or waited > DEAD_AFTER:
                 return self._remove(found)

@@ -12,7 +12,7 @@ from data.test_images import encoded
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from lars.data.augment import draws_of, training_image
+from lars.data.augment import check_policy, draws_of, training_image
 from lars.data.mix import _beta, mix
 from lars.exact.keyed import uniform
 from lars.recipe import config
@@ -98,4 +98,4 @@ def test_erasing_is_spread_like_timms() -> None:
 
 def test_a_policy_that_is_none_is_refused() -> None:
     with pytest.raises(RecipeError, match="rand-m9"):
-        config.load(DEMO / "resnet50.yaml", ["augment.randaugment=augmix"])
+        check_policy("augmix")
