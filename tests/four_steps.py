@@ -10,8 +10,8 @@ U = 2.0**-24  # float32's unit roundoff
 RATES = (0.5, 0.25, 0.5, 1.0)  # the rules differ only where the rate changes
 
 # Ten roundings a step, each of at most u of the largest value on the way; none grows from step to step. That value is
-# below 32: a weight begins below 2.8 and moves by at most the sum of the rates, 2.25, times 1 + 0.9 * 3.44 (momentum 0.9
-# over four steps, one of them ahead) times a decayed gradient of at most 2.8 (a ratio is below 1 here).
+# below 32: a weight begins below 2.8 and moves by at most the sum of the rates, 2.25, times 1 + 0.9 * 3.44 (momentum of
+# 0.9 over four steps, one of them ahead) times a decayed gradient of at most 2.8 (a ratio is below 1 here).
 BOUND = len(RATES) * 10 * U * 32
 
 
