@@ -91,6 +91,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def stdout(width: int = 120) -> Console:
+    """What tables are printed on: as wide as the terminal, and `width` where there is none."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
 def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
     """Which rule each tensor follows, found by dimension; before an engine puts its slices in their place."""
     names = {p: name for name, p in model.named_parameters()}
@@ -101,7 +106,7 @@ def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
         table.add_row(
             rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]]
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = stdout()
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")
