@@ -6,14 +6,16 @@ import os
 import sys
 import time
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lars.optim.base import Optimizer
+if TYPE_CHECKING:  # commands that need no torch print tables, too
+    import torch
+
+    from lars.optim.base import Optimizer
 
 _SECONDS_BETWEEN_LINES = 10
 
