@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 import torch
+from four_steps import BOUND, RATES, gradients, trained, weights
 
 from lars.optim.lars import LARSKeys
 from lars.optim.lars_outside import OutsideKeys
-from lars.optim.registry import Keys, optimizers
 
-U, RATES = 2.0**-24, (0.5, 0.25, 0.5, 1.0)
 RULE = {"lr": 1.0, "weight_decay": 0.01, "momentum": 0.9, "trust_coefficient": 0.5, "eps": 1e-6}
-
-# Ten roundings a step, each of at most u of the largest value on the way: below 32, since four steps of rate at most 1
-# and momentum 0.9 move a weight by at most 4 * 3.5 of |g| < 2 each; none grows from step to step.
-BOUND = len(RATES) * 10 * U * 32
-
-
-def weights() -> list[torch.nn.Parameter]:
-    torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 5), (3, 4, 2, 2), (7,))]
-
-
-def gradients(step: int) -> list[torch.Tensor]:
-    torch.manual_seed(100 + step)
-    return [torch.randn_like(p) for p in weights()]
-
-
-def trained(keys: Keys) -> list[torch.Tensor]:
-    params = weights()
-    optimizer = optimizers()[keys.name].build(keys, params)
-    for step, rate in enumerate(RATES):
-        for p, g in zip(params, gradients(step)):
-            p.grad = g.clone()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    return [p.detach() for p in params]
 
 
 def in_float64() -> list[torch.Tensor]:

@@ -10,44 +10,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import Field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from lars.optim.key import CORE
 from lars.recipe import config
 from lars.recipe.keys import all_declared, declared, neutral
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
+from lars.run.progress import stdout
 
 
 def row(name: str, one: Field) -> tuple[str, ...]:
     """Name, type, neutral value, limits, unit, what may change it, and what it decides."""
     told, value = one.metadata, neutral(one)
-    words = "core" if value == CORE else value if isinstance(value, str) else json.dumps(value)
+    if value == CORE:
+        value = "core"
+    words = value if isinstance(value, str) else json.dumps(value)
     limit = " or ".join(told["choices"]) or (told["limit"] or "").removeprefix("must ")
     return name, str(one.type), words, limit, told["unit"], "free" if told["free"] else "trajectory", told["what"]
 
 
+@refuses(RecipeError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?")
     args = parser.parse_args()
-    try:
-        if args.recipe:
-            import_model_file(args.recipe.parent)
-            known = declared(type(config.load(args.recipe, []).optimizer))
-        else:
-            known = all_declared()
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.recipe:
+        import_model_file(args.recipe.parent)
+        known = declared(type(config.load(args.recipe, []).optimizer))
+    else:
+        known = all_declared()
     table = Table("key", "type", "neutral", "must", "unit", "fixes", "what it decides")
     for name, one in known.items():
         table.add_row(*row(name, one))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    stdout(width=200).print(table)
     print("core: a recipe has to give it. free: it never changes the trajectory and may change when a run is resumed.")
     return 0

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import yaml
 
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.run.folder import write_atomically
 from lars.run.reading import RECIPES, diverged, is_name, read_bytes, read_config, read_lines, read_result
 
@@ -50,13 +49,12 @@ def keep(run: Path, entry: Path) -> None:
     """
     if why := complaint(run):
         raise RecipeError(f"{run} is no proof of a row: {why}")
-    kept = {
-        key: {k: v for k, v in value.items() if f"{key}.{k}" not in _OF_ONE_MACHINE}
-        if isinstance(value, dict)
-        else value
-        for key, value in read_config(run).items()
-        if key not in _OF_ONE_MACHINE
-    }
+    kept = read_config(run)
+    for key in _OF_ONE_MACHINE:
+        section, _, name = key.rpartition(".")
+        held = kept.get(section) if section else kept
+        if isinstance(held, dict):
+            held.pop(name, None)
     files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "result.json", "mllog.txt")}
     entry.mkdir(parents=True, exist_ok=True)
     write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
@@ -70,23 +68,16 @@ def entries(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.rglob("result.json"))
 
 
+@refuses(RecipeError, OSError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    try:
-        for run in parser.parse_args().runs:
-            name = read_result(run).get("recipe")
-            model, _, what = name.partition("/") if is_name(name) else ("", "", "")
-            if not model or not (RECIPES / model).is_dir():
-                raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
-            entry = RECIPES / model / "results" / what / run.resolve().name
-            keep(run, entry)
-            print(os.path.relpath(entry))
-    except (RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for run in parser.parse_args().runs:
+        name = read_result(run).get("recipe")
+        model, _, what = name.partition("/") if is_name(name) else ("", "", "")
+        if not model or not (RECIPES / model).is_dir():
+            raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
+        entry = RECIPES / model / "results" / what / run.resolve().name
+        keep(run, entry)
+        print(os.path.relpath(entry))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

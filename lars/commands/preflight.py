@@ -15,7 +15,7 @@ from lars.data.augment import check_policy
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
 from lars.data.reader import check_memory
-from lars.engine.build import build_model, build_optimizer
+from lars.engine.build import build_model, build_optimizer, sums_order_free
 from lars.engine.memory import memory_line
 from lars.recipe import pretrained
 from lars.recipe.batch import BatchPlan
@@ -58,7 +58,8 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     for index in (train, val):
         check_memory(index)
-    plan = BatchPlan.of(recipe, train.samples, processes, even=engine != "plain" or not recipe.runtime.deterministic)
+    even = engine != "plain" or not sums_order_free(recipe, processes)
+    plan = BatchPlan.of(recipe, train.samples, processes, even)
     build_optimizer(recipe, model := build_model(recipe)[0])
     check_room(Path(recipe.run_dir), recipe.checkpoint.keep, model)
     return Preflight(train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}")

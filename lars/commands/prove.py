@@ -23,7 +23,7 @@ from lars.commands.reproduce import launch_command, start
 from lars.exact import portable
 from lars.recipe import config
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.run.folder import write_atomically
 from lars.run.reading import read_result
 from lars.run.sources import source_sha256, sources
@@ -100,28 +100,24 @@ def against_the_committed(recipe: Path, steps: int, result: dict[str, Any]) -> t
     return f"SAME RUN, but not the committed one ({why})", expected
 
 
+@refuses(RecipeError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument(
-        "--commit", action="store_true", help="write the hash into results/prove.json beside the recipe"
-    )
+    parser.add_argument("--commit", action="store_true", help="write the hash to results/prove.json beside the recipe")
     args = parser.parse_args()
-    try:
-        import_model_file(args.recipe.parent)
-        config.load(args.recipe, ["runtime.portable=true"])
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    import_model_file(args.recipe.parent)
+    config.load(args.recipe, ["runtime.portable=true"])
     shutil.rmtree(_FOLDER, ignore_errors=True)
     _FOLDER.mkdir(parents=True)
     runs: dict[str, Path] = {}
     for processes in (1, 2, 4):
         run = _FOLDER / f"processes-{processes}"
-        print(f"{args.steps} steps of {args.recipe} with {processes} process{'es' * (processes > 1)} ...", flush=True)
+        name = "1 process" if processes == 1 else f"{processes} processes"
+        print(f"{args.steps} steps of {args.recipe} with {name} ...", flush=True)
         play(args.recipe, processes, args.steps, run)
-        runs[f"{processes} process{'es' * (processes > 1)}"] = run
+        runs[name] = run
     run, kill_at = _FOLDER / "killed", random.randint(6, args.steps - 5)
     print(f"the same with 2 processes, one of them killed after step {kill_at}, then started again ...", flush=True)
     play(args.recipe, 2, args.steps, run, kill_at)
@@ -150,7 +146,3 @@ def main() -> int:
         verdict, good = against_the_committed(args.recipe, args.steps, result)
     print("  |  ".join([*parts, verdict]))
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,19 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
 
 from lars.recipe import config
 from lars.recipe.launched import environment_of
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import report
 from lars.run.folder import set_aside
 from lars.run.lock import RunLock
+from lars.run.progress import stdout
 from lars.run.reading import diverged, read_result
 from lars.run.sources import changed_sources, sources
 
@@ -40,9 +41,8 @@ def launch_file(name: str | None) -> Path:
     name = name or ("gpu" if torch.cuda.is_available() else "cpu-2")
     file = Path(name) if name.endswith(".yaml") else Path("launch") / f"{name}.yaml"
     if not file.is_file():
-        raise RecipeError(
-            f"no launch file {file}: there are {', '.join(sorted(p.stem for p in Path('launch').glob('*.yaml')))}"
-        )
+        known = sorted(p.stem for p in Path("launch").glob("*.yaml"))
+        raise RecipeError(f"no launch file {file}: there are {', '.join(known)}")
     return file
 
 
@@ -81,9 +81,8 @@ def prepare_folder(run: Path, recipe: Path, fresh: bool, say: Callable[[str], No
         why = "FRESH=1" if fresh else f"changed since: {', '.join(changed)}"
         say(f"{run}: earlier run set aside as {set_aside(run)} ({why})")
     elif changed:
-        say(
-            f"warning: {run} is unfinished and resumes with changed sources: {', '.join(changed)} (FRESH=1 starts over)"
-        )
+        files = ", ".join(changed)
+        say(f"warning: {run} is unfinished and resumes with changed sources: {files} (FRESH=1 starts over)")
 
 
 def reproduce(
@@ -94,16 +93,8 @@ def reproduce(
     Raises:
         RecipeError: the recipe or its data cannot be trained; train.py has said why.
     """
-    check = [
-        sys.executable,
-        "recipes/train.py",
-        "--config",
-        str(recipe),
-        "--check",
-        "--processes",
-        str(processes),
-        *overrides,
-    ]
+    train = [sys.executable, "recipes/train.py", "--config", str(recipe)]
+    check = [*train, "--check", "--processes", str(processes), *overrides]
     if subprocess.run(check, env={**os.environ, **environment_of(launch)}).returncode:
         raise RecipeError(f"{recipe} was not started")
     import_model_file(recipe.parent)
@@ -123,42 +114,32 @@ def why_it_ended(run: Path, began: float) -> str:
     result = read_result(run)
     if (result.get("heartbeat") or 0) < began:
         return "its launcher ended with an error before the run began, see `error:` above the launcher's lines"
-    stopped = "stopped by a signal: start the same command again to resume"
-    return (
-        stopped
-        if result["status"] == "preempted"
-        else result.get("error", "its launcher ended with an error, see above")
-    )
+    if result["status"] == "preempted":
+        return "stopped by a signal: start the same command again to resume"
+    return result.get("error", "its launcher ended with an error, see above")
 
 
+@refuses(RecipeError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE | key=value")
-    parser.add_argument("--launch", default=None, help="a file of launch/, by name")
-    parser.add_argument("--nproc", type=int, default=None)
-    parser.add_argument("--data", default=None, help="data.path")
+    parser.add_argument("--launch", help="a file of launch/, by name")
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--data", help="data.path")
     parser.add_argument("--fresh", action="store_true", help="start over")
     args = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
+    console = stdout()
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     recipes = [Path(r) for r in args.recipes if "=" not in r]
     overrides = [r for r in args.recipes if "=" in r] + ([f"data.path={args.data}"] if args.data else [])
     began = time.time()
-    try:
-        file = launch_file(args.launch)
-        processes = processes_of(file, args.nproc)
-        ended = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
-        runs = [run for run, _ in ended]
-        shared = Path(os.path.commonpath([run.parent for run in runs]))
-        good = report(runs, shared / "curves.png", console)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    file = launch_file(args.launch)
+    processes = processes_of(file, args.nproc)
+    ended = [reproduce(recipe, file, processes, overrides, args.fresh, say) for recipe in recipes]
+    runs = [run for run, _ in ended]
+    shared = Path(os.path.commonpath([run.parent for run in runs]))
+    good = report(runs, shared / "curves.png", console)
     for run, well in ended:
         if not well:
             say(f"error: {run}: {why_it_ended(run, began)}")
     return 0 if good and all(well for _, well in ended) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ run has an empty cell.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import committed_top1
 
 CLUSTER = Path("launch/clusters/h100-8.yaml")
 DEVICES = (1, 8)
+MODELS = {"AlexNet": "alexnet", "ResNet-50": "resnet50"}  # and their folders
 IN_THE_README = {
     "alexnet/lars-b32k-100ep": "",
     "resnet50/lars-b32k-90ep": "",
@@ -88,39 +88,27 @@ def recipes_of(folder: Path) -> list[Recipe]:
 
 def predict(recipe: Recipe) -> list[Prediction]:
     """What `lars.plan.plan` says for 1 and for 8 H100."""
-    plans = [make_plan(recipe, with_devices(load_cluster(CLUSTER, []), devices)) for devices in DEVICES]
+    plans = [make_plan(recipe, with_devices(load_cluster(CLUSTER), devices)) for devices in DEVICES]
     return [Prediction(plan.batch.micro_batch, plan.seconds / 3600) for plan in plans]
 
 
 def row_of(recipe: Recipe, published: dict, predictions: list[Prediction]) -> list[str]:
     """One line of a folder's table."""
     stem = Path(recipe.name).name
-    ours = committed_top1(recipe.name)
     cells = [f"[{stem}]({stem}.yaml)", f"{recipe.global_batch:,}", f"{recipe.epochs:g}", str(recipe.bn_group or "")]
-    cells += [
-        published_text(published.get(recipe.name, {})),
-        mean_and_spread(ours),
-        f"divide {BatchPlan.of(recipe, recipe.global_batch, 1).passes:,}",
-    ]
-    return cells + [
-        f"{p.micro_batch}, {p.hours:.1f} h" if p.hours < 10 else f"{p.micro_batch}, {p.hours:.0f} h"
-        for p in predictions
-    ]
+    cells += [published_text(published.get(recipe.name, {})), mean_and_spread(committed_top1(recipe.name))]
+    cells.append(f"up to {BatchPlan.of(recipe, recipe.global_batch, 1).passes:,}")
+    for planned in predictions:
+        digits = 1 if planned.hours < 10 else 0
+        cells.append(f"{planned.micro_batch}, {planned.hours:.{digits}f} h")
+    return cells
 
 
 def folder_table(folder: Path, predictions: dict[str, list[Prediction]]) -> str:
     """The table of recipes/<model>/README.md."""
     published = yaml.safe_load(Path("recipes/published.yaml").read_text())
-    head = [
-        "recipe",
-        "batch",
-        "epochs",
-        "batch-norm group",
-        "published top-1 %",
-        "ours top-1 %",
-        "GPUs",
-        *(f"{n} x H100" for n in DEVICES),
-    ]
+    head = ["recipe", "batch", "epochs", "batch-norm group", "published top-1 %", "ours top-1 %", "GPUs"]
+    head += [f"{n} x H100" for n in DEVICES]
     return markdown(head, [row_of(recipe, published, predictions[recipe.name]) for recipe in recipes_of(folder)])
 
 
@@ -138,47 +126,27 @@ def results_table() -> str:
         seeds = str(len(results)) if results else ""
         cells = [f"[{name}](recipes/{name}.yaml){remark}", f"{recipe.global_batch:,}", f"{recipe.epochs:g}"]
         rows.append([*cells, said, mean_and_spread(results), seeds, log])
-    models = {"AlexNet": "alexnet", "ResNet-50": "resnet50"}
-    others = [
-        r for folder in models.values() for r in recipes_of(Path("recipes", folder)) if r.name not in IN_THE_README
-    ]
-    batches = sorted(r.global_batch for r in others)
-    links = ", ".join(f"[{title}](recipes/{folder}/README.md)" for title, folder in models.items())
-    rows.insert(
-        5,
-        [
-            f"{len(others)} more: {links}",
-            f"{batches[0]:,} to {batches[-1]:,}",
-            "",
-            "You et al., NUS-HPC, MLPerf",
-            "",
-            "",
-            "",
-        ],
-    )
+    every = [recipe for folder in MODELS.values() for recipe in recipes_of(Path("recipes", folder))]
+    batches = [recipe.global_batch for recipe in every if recipe.name not in IN_THE_README]
+    links = ", ".join(f"[{title}](recipes/{folder}/README.md)" for title, folder in MODELS.items())
+    more, sizes = f"{len(batches)} more: {links}", f"{min(batches):,} to {max(batches):,}"
+    rows.insert(5, [more, sizes, "", "You et al., NUS-HPC, MLPerf", "", "", ""])  # after the paper's, before the demo's
     return markdown(["recipe", "batch", "epochs", "published top-1 %", "ours top-1 %", "seeds", "log"], rows)
 
 
 def pages(predictions: dict[str, list[Prediction]]) -> Iterator[tuple[Path, str]]:
     """Every page with tables of ours, as it has to read."""
     yield Path("README.md"), replace_marked(Path("README.md").read_text(), "results", results_table())
-    for model in ("alexnet", "resnet50"):
+    for model in MODELS.values():
         file = Path("recipes", model, "README.md")
         yield file, replace_marked(file.read_text(), "rows", folder_table(file.parent, predictions))
 
 
+@refuses(RecipeError, OSError)
 def main() -> int:
-    try:
-        recipes = [r for model in ("alexnet", "resnet50") for r in recipes_of(Path("recipes", model))]
-        for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
-            changed = text != file.read_text()
-            file.write_text(text)
-            print(f"{file}: {'written' if changed else 'as it was'}")
-    except (RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    recipes = [recipe for folder in MODELS.values() for recipe in recipes_of(Path("recipes", folder))]
+    for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
+        changed = text != file.read_text()
+        file.write_text(text)
+        print(f"{file}: {'written' if changed else 'as it was'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

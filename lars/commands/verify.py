@@ -20,9 +20,8 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lars.commands.reproduce import launch_file, processes_of, reproduce
 from lars.exact import portable
@@ -31,7 +30,7 @@ from lars.optim.registry import optimizers
 from lars.recipe import config
 from lars.recipe.keys import Runtime, declared, neutral
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import committed_top1, expected_interval
 from lars.run.reading import RECIPES, flatten_run, is_name, read_lines, read_result
 
@@ -40,8 +39,10 @@ from lars.run.reading import RECIPES, flatten_run, is_name, read_lines, read_res
 # are added in float32, so only the inputs of its 200 layers do.
 LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 200**0.5 * 2.0**-8}
 
-
 _COMPARED = ("recipe", "status", "steps", "data_fingerprint", "reproducibility", "environment")
+_AT_THE_END = ("samples_hash", "weights_sha256", "top1", "top5")  # of a whole run
+
+Pair = tuple[dict[str, Any], dict[str, Any]]  # a line of metrics.jsonl of each run, of the same step
 
 
 def overrides_of(run: Path, recipe_file: Path) -> list[str]:
@@ -58,19 +59,21 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
         )
     import_model_file(recipe_file.parent)
     recipe, known = config.flatten(config.load(recipe_file, [])), optimizers()
-    entry, overrides = known.get(str(ran.get("optimizer.name"))) or known[recipe["optimizer.name"]], []
+    entry = known.get(str(ran.get("optimizer.name"))) or known[recipe["optimizer.name"]]
+    overrides = []
     for key, one in declared(entry.keys).items():
         if one.metadata["free"] and not key.startswith("runtime."):
             continue
         written = recipe.get(key, neutral(one))
         value = ran.get(key, written if neutral(one) == CORE else neutral(one))  # an older version had fewer keys
-        if value != written:
-            if not _is_harmless(value):
-                raise RecipeError(
-                    f"{run / 'config.yaml'}: {key} is not taken from a run folder, since it could name a file, an "
-                    f"address or a variable ({str(value)[:60]!r}): give your copy of its recipe with --recipe"
-                )
-            overrides.append(f"{key}={json.dumps(value)}")
+        if value == written:
+            continue
+        if not _is_harmless(value):
+            raise RecipeError(
+                f"{run / 'config.yaml'}: {key} is not taken from a run folder, since it could name a file, an "
+                f"address or a variable ({str(value)[:60]!r}): give your copy of its recipe with --recipe"
+            )
+        overrides.append(f"{key}={json.dumps(value)}")
     return overrides
 
 
@@ -104,88 +107,108 @@ def _recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
 def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     """Is `again`, a repetition of `run` or of its first steps, the same? The verdict, and lines that say why."""
     claimed, repeated = read_result(run, _COMPARED), read_result(again, _COMPARED)
-    if claimed["data_fingerprint"] != repeated["data_fingerprint"]:
-        return False, [
-            f"DIFFERENT DATA: fingerprint {claimed['data_fingerprint'][:12]} -> {repeated['data_fingerprint'][:12]}"
-        ]
-    contents = [result.get("content_fingerprint") for result in (claimed, repeated)]
-    if all(contents) and contents[0] != contents[1]:
-        return False, [
-            "DIFFERENT DATA: other bytes under equal footers, content fingerprint "
-            f"{contents[0][:12]} -> {contents[1][:12]}"
-        ]
-    steps = min(claimed["steps"], repeated["steps"])
-    note = []
-    if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
-        note = [f"the run is portable, this repetition is not: {_why_not_portable(repeated)}"]
+    if other := _other_data(claimed, repeated):
+        return False, [f"DIFFERENT DATA: {other}"]
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     if whole:
-        claimed = read_result(run, ("samples_hash", "weights_sha256", "top1", "top5", *_COMPARED))
+        claimed = read_result(run, (*_AT_THE_END, *_COMPARED))
+    steps = min(claimed["steps"], repeated["steps"])
     pairs = _pairs(run, again, "train", steps)
     if len(pairs) < steps:
         return False, [f"NO PROOF: metrics.jsonl has {len(pairs)} of the {steps} steps"]
-    different = [(a, b) for a, b in (*pairs, *_pairs(run, again, "eval", steps)) if a != b]
-    hashes = [k for k in ("samples_hash", "weights_sha256", "top1", "top5") if whole and claimed[k] != repeated[k]]
+    notes = []
+    if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
+        notes = [f"the run is portable, this repetition is not: {_why_not_portable(repeated)}"]
     length = f"{steps} steps" if whole else f"the first {steps} of {claimed['steps']} steps"
-    if not different and not hashes:
+    different = [(a, b) for a, b in (*pairs, *_pairs(run, again, "eval", steps)) if a != b]
+    ends = [key for key in _AT_THE_END if whole and claimed[key] != repeated[key]]
+    if not different and not ends:
         weights = f", weights {claimed['weights_sha256'][:16]}" if whole else ""
-        return True, [*note, f"SAME RUN: {length}, bit for bit{weights}"]
-    reasons = [f"{k}: {a} -> {b}" for k, a, b in _environment(run, again) if a != b]
-    first = min(different, key=lambda pair: pair[0]["step"], default=None)
-    where = (
-        f"step {first[0]['step']}: {first[0]} -> {first[1]}"
-        if first
-        else f"{', '.join(hashes)} differ, the losses do not"
-    )
+        return True, [*notes, f"SAME RUN: {length}, bit for bit{weights}"]
+    reasons = _why_bits_may_differ(run, again, claimed, repeated)
     if not reasons:
+        where = f"{', '.join(ends)} differ, the losses do not"
+        if different:
+            a, b = min(different, key=lambda pair: pair[0]["step"])
+            where = f"step {a['step']}: {a} -> {b}"
         return False, [f"DIFFERENT RUN: the numeric environment is the same and the bits are not; {where}"]
-    lines = [*note, f"other bits are expected ({'; '.join(dict.fromkeys(reasons))}), so up to rounding:"]
-    bound = LOSS_BOUND[flatten_run(again)["precision"]]
-    checks = [("rates", all(a["lr"] == b["lr"] and a["images"] == b["images"] for a, b in pairs), "")]
+    checks = _up_to_rounding(pairs, flatten_run(again)["precision"])
     if whole:
-        checks.append(("samples", "samples_hash" not in hashes, claimed["samples_hash"]))
+        samples = Check("samples", "samples_hash" not in ends, claimed["samples_hash"])
+        checks = [checks[0], samples, *checks[1:], _top1(claimed, repeated)]
+    good = all(check.passed for check in checks)
+    lines = [f"  {_word(check.passed)}  {check.name}  {check.detail}".rstrip() for check in checks]
+    expected = f"other bits are expected ({'; '.join(reasons)}), so up to rounding:"
+    return good, [*notes, expected, *lines, f"{_word(good)} up to rounding: {length}"]
+
+
+class Check(NamedTuple):
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+def _word(passed: bool) -> str:
+    return "PASS" if passed else "FAIL"
+
+
+def _other_data(claimed: dict[str, Any], repeated: dict[str, Any]) -> str:
+    """How the data of two results differ, or nothing; an older version did not write what the files' bytes hash to."""
+    for key, what in (("data_fingerprint", ""), ("content_fingerprint", "other bytes under equal footers, content ")):
+        there, here = claimed.get(key), repeated.get(key)
+        if there and here and there != here:
+            return f"{what}fingerprint {there[:12]} -> {here[:12]}"
+    return ""
+
+
+def _up_to_rounding(pairs: list[Pair], precision: str) -> list[Check]:
+    """What holds for each step, and for the losses before anything but rounding can have moved them."""
+    checks = [Check("rates", all(a["lr"] == b["lr"] and a["images"] == b["images"] for a, b in pairs))]
+    bound = LOSS_BOUND[precision]
     for name, (a, b) in zip(("loss from the same weights", "loss after one update"), pairs):
         apart = abs(a["loss"] - b["loss"]) / (abs(a["loss"]) or 1.0)
-        checks.append((name, apart <= bound, f"{apart:.1e} apart, bound {bound:.1e}"))
+        checks.append(Check(name, apart <= bound, f"{apart:.1e} apart, bound {bound:.1e}"))
+    return checks
+
+
+def _top1(claimed: dict[str, Any], repeated: dict[str, Any]) -> Check:
+    """Whether top-1 at the end of a whole run is one that another seed could have."""
+    top1, said = repeated["top1"], f"claimed {claimed['top1']:.2f}"
     interval = expected_interval(committed_top1(claimed["recipe"]))
-    if whole and interval:
-        inside = interval[0] <= repeated["top1"] <= interval[1]
-        found = f"{repeated['top1']:.2f} %, expected {interval[0]:.1f} ... {interval[1]:.1f}"
-        checks.append(("top-1", inside, f"{found}, claimed {claimed['top1']:.2f}"))
-    elif whole:
-        found = f"{repeated['top1']:.2f} %, claimed {claimed['top1']:.2f}"
-        checks.append(("top-1", True, f"{found}; no verdict without three committed seeds"))
-    good = all(passed for _, passed, _ in checks)
-    lines += [f"  {'PASS' if passed else 'FAIL'}  {name}  {detail}".rstrip() for name, passed, detail in checks]
-    return good, [*lines, f"{'PASS' if good else 'FAIL'} up to rounding: {length}"]
+    if interval is None:
+        return Check("top-1", True, f"{top1:.2f} %, {said}; no verdict without three committed seeds")
+    low, high = interval
+    return Check("top-1", low <= top1 <= high, f"{top1:.2f} %, expected {low:.1f} ... {high:.1f}, {said}")
 
 
-def _pairs(run: Path, again: Path, kind: str, steps: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _pairs(run: Path, again: Path, kind: str, steps: int) -> list[Pair]:
     """Lines of the steps that both have, without what is only speed."""
-    both = []
-    for folder in (run, again):
-        lines = read_lines(folder / "metrics.jsonl", kind)
-        both.append(
-            {x["step"]: {k: v for k, v in x.items() if k != "images_per_second"} for x in lines if x["step"] <= steps}
-        )
-    return [(both[0][step], both[1][step]) for step in sorted(both[0].keys() & both[1].keys())]
+    there, here = (_by_step(folder, kind) for folder in (run, again))
+    return [(there[step], here[step]) for step in sorted(there.keys() & here.keys()) if step <= steps]
 
 
-def _environment(run: Path, again: Path) -> list[tuple[str, Any, Any]]:
-    """(what, there, here) of all that decides whether bits can match. A numeric run promises none, even to itself."""
-    claimed, repeated = read_result(run), read_result(again)
+def _by_step(run: Path, kind: str) -> dict[int, dict[str, Any]]:
+    lines = read_lines(run / "metrics.jsonl", kind)
+    return {line["step"]: {k: v for k, v in line.items() if k != "images_per_second"} for line in lines}
+
+
+def _why_bits_may_differ(run: Path, again: Path, claimed: dict[str, Any], repeated: dict[str, Any]) -> list[str]:
+    """What decides whether bits can match, where it is not the same. A numeric run promises none, even to itself."""
+    there, here = claimed["environment"], repeated["environment"]
     promises = (claimed["reproducibility"], repeated["reproducibility"])
-    # Older versions did not write the CPU's flags.
-    ignored = {"python"} | (set() if "cpu_flags" in claimed["environment"] else {"cpu_flags"})
-    ignored |= {"device", "cpu_flags"} if promises == ("portable", "portable") else set()
-    keys = sorted(repeated["environment"].keys() - ignored)
-    rows = [(k, claimed["environment"].get(k), repeated["environment"].get(k)) for k in keys]
-    runtime = {f"runtime.{key}": value for key, value in vars(Runtime()).items()}
-    there, here = (runtime | flatten_run(folder) for folder in (run, again))
-    rows += [(key, there[key], here[key]) for key in runtime if key != "runtime.hang_seconds"]
-    if "numeric" not in promises:
-        return [*rows, ("reproducibility", *promises)]
-    return rows + [("reproducibility", promise, "bitwise") for promise in promises if promise == "numeric"]
+    ignored = {"python"}
+    if "cpu_flags" not in there:  # older versions did not write them
+        ignored |= {"cpu_flags"}
+    if promises == ("portable", "portable"):
+        ignored |= {"device", "cpu_flags"}
+    facts = [(key, there.get(key), here[key]) for key in sorted(here.keys() - ignored)]
+    ran, runs = flatten_run(run), flatten_run(again)
+    for name, neutral_value in vars(Runtime()).items():
+        key = f"runtime.{name}"
+        if key != "runtime.hang_seconds":
+            facts.append((key, ran.get(key, neutral_value), runs.get(key, neutral_value)))
+    facts.append(("reproducibility", "numeric", "bitwise") if "numeric" in promises else ("reproducibility", *promises))
+    return [f"{key}: {a} -> {b}" for key, a, b in facts if a != b]
 
 
 def _why_not_portable(result: dict[str, Any]) -> str:
@@ -196,6 +219,7 @@ def _why_not_portable(result: dict[str, Any]) -> str:
     return portable.excluded() or f"it ran with {result['environment'].get('instructions')}"
 
 
+@refuses(RecipeError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
@@ -206,33 +230,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--nproc", type=int, help="processes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in data.path=FOLDER")
     args = parser.parse_intermixed_args(arguments)
-    try:
-        run = _folder(args.run)
-        claimed = read_result(run)
-        if not claimed.get("steps"):
-            raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
-        claimed = read_result(run, _COMPARED)
-        read_lines(run / "metrics.jsonl")  # damage is told before hours of training
-        recipe = args.recipe or _recipe_of(run, claimed)
-        taken = overrides_of(run, recipe)
-        keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
-        here = config.load(recipe, keys)
-        words = " ".join(taken) or "nothing"
-        print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {words}")
-        place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
-        file = launch_file(args.launch)
-        steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
-        processes = processes_of(file, args.nproc)
-        again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
-        good, lines = False, [f"FAIL: {again} did not end well, see above; start again to resume it"]
-        if well:
-            good, lines = compare(run, again)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = _folder(args.run)
+    if not read_result(run).get("steps"):
+        raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
+    claimed = read_result(run, _COMPARED)
+    read_lines(run / "metrics.jsonl")  # damage is told before hours of training
+    recipe = args.recipe or _recipe_of(run, claimed)
+    taken = overrides_of(run, recipe)
+    keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
+    here = config.load(recipe, keys)
+    words = " ".join(taken) or "nothing"
+    print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {words}")
+    place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
+    file = launch_file(args.launch)
+    steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
+    processes = processes_of(file, args.nproc)
+    again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
+    good, lines = False, [f"FAIL: {again} did not end well, see above; start again to resume it"]
+    if well:
+        good, lines = compare(run, again)
     print("\n".join(lines))
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

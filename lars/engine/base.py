@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,8 @@ class Engine(ABC):
             if self.device.type == "cpu":
                 torch.set_num_threads(1)  # the number of threads changes the bits, and launchers set it as they like
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = (
-                False  # finds bugs, costs a memory pass per allocation
-            )
+            # filling memory finds bugs, and costs a memory pass per allocation
+            torch.utils.deterministic.fill_uninitialized_memory = False
 
     def assert_pinned(self) -> None:
         """Before the first step: nothing that was built since has changed what `pin_arithmetic` settled."""
@@ -85,10 +84,8 @@ class Engine(ABC):
         weights_format = self.memory_format if self.weights_may_be_channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=weights_format)
         self.ghosts = ghosts
-        mean, std = (
-            torch.tensor(values, device=self.device) for values in (self.recipe.augment.mean, self.recipe.augment.std)
-        )
-        self.mean, self.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+        self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
         if runtime.activation_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
@@ -103,9 +100,7 @@ class Engine(ABC):
 
     def sums(self, passes: int, counts: int) -> OrderFreeSum:
         """What adds a step of `passes` passes: loss, statistics, and gradients if the engine does not exchange them."""
-        named = (
-            [] if self.exchanges_gradients else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        )
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and not self.exchanges_gradients]
         statistics = sum(2 * ghost.num_features for ghost in self.ghosts)
         return OrderFreeSum(named, passes, floats=1 + statistics, counts=counts, device=self.device)
 
@@ -123,9 +118,9 @@ class Engine(ABC):
         logits = self.train_module(pixels.contiguous(memory_format=self.memory_format)).float()
         return F.cross_entropy(logits, targets, label_smoothing=self.recipe.augment.label_smoothing)
 
-    @abstractmethod
     def exchange(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a pass; gradients are exchanged in the last one's."""
+        return nullcontext()
 
     def backward(self, loss: Tensor, passes: int) -> None:
         """Add the gradients of one of `passes` passes of this process to those before."""
@@ -134,7 +129,7 @@ class Engine(ABC):
     def bad_gradients(self) -> list[str]:
         """Names of the parameters whose whole gradient, after the last pass, is not finite."""
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        if not named:
+        if not named or not self.exchanges_gradients:  # the order-free sum finds its own
             return []
         finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
         return [name for (name, _), fine in zip(named, finite) if not fine]
@@ -200,9 +195,8 @@ class Engine(ABC):
 
 def _assert_processes(accelerator: Accelerator, launched: int) -> None:
     """Where a launch file asks for two CPU processes in the wrong words, accelerate starts one (its issue 2741)."""
-    alone = (
-        "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
-    )
+    by_accelerate = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    alone = by_accelerate and "WORLD_SIZE" not in os.environ
     if accelerator.num_processes != launched or alone:
         raise RecipeError(
             f"the launch file asked for {'several' if alone else launched} processes, accelerate has "

@@ -62,16 +62,16 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def engine_name(recipe: Recipe, launched: Launched) -> str:
-    """A name of `ENGINES`: who adds the gradients is decided here, by the launch file and `runtime.deterministic`."""
-    if launched.engine == "plain" and launched.processes > 1 and not recipe.runtime.deterministic:
-        return "ddp"
-    return launched.engine
+def sums_order_free(recipe: Recipe, processes: int) -> bool:
+    """Whether plain data parallel adds gradients with the order-free sum, or with DDP, which promises no bits."""
+    return recipe.runtime.deterministic or processes == 1
 
 
 def start_engine(recipe: Recipe, launched: Launched) -> Engine:
     """Start the processes that the launcher asked for, with the engine that the launch file names."""
-    name = engine_name(recipe, launched)
+    name = launched.engine
+    if name == "plain" and not sums_order_free(recipe, launched.processes):
+        name = "ddp"
     module, kind = ENGINES[name]
     engine = getattr(import_module(f"lars.engine.{module}"), kind)(recipe, launched)
     engine.name = name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -31,34 +31,28 @@ class DeepSpeed(Engine):
     def wrap(self, optimizer: Optimizer, plan: BatchPlan) -> None:
         """`accelerator.prepare` makes the engine; what it is and how it counts batches is asserted."""
         config = self.accelerator.deepspeed_plugin.deepspeed_config
-        # its bf16 section rounds the weights first and makes float32 masters of what is left
-        self.whole = (
-            {p: p.detach().clone() for p in self.model.parameters()} if config.get("bf16", {}).get("enabled") else {}
-        )
+        self.whole = {}
+        if config.get("bf16", {}).get("enabled"):  # it rounds the weights and makes float32 masters of what is left
+            self.whole = {p: p.detach().clone() for p in self.model.parameters()}
         config["train_micro_batch_size_per_gpu"] = plan.micro_batch
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = plan.passes_per_process
         self.train_module, _ = self.accelerator.prepare(self.model, optimizer)
         self.eval_module, self.optimizer, engine = self.train_module, optimizer, self.train_module
         built = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, engine.gradient_clipping())
         low_precision = engine.bfloat16_enabled()
-        wanted = (
-            "BF16_Optimizer"
-            if low_precision and self.stage == 1
-            else _OPTIMIZERS.get(self.stage, type(optimizer).__name__)
-        )
+        wanted = _OPTIMIZERS.get(self.stage, type(optimizer).__name__)
+        if low_precision and self.stage == 1:
+            wanted = "BF16_Optimizer"
         assert built == (self.stage, wanted, 0.0), built
         assert low_precision or engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
-        batches = (
-            engine.train_batch_size(),
-            engine.train_micro_batch_size_per_gpu(),
-            engine.gradient_accumulation_steps(),
-        )
+        passes = engine.gradient_accumulation_steps()
+        batches = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), passes)
         assert batches == (plan.global_batch, plan.micro_batch, plan.passes_per_process), batches
 
     def exchange(self, last: bool) -> AbstractContextManager:
         """Tell DeepSpeed which pass ends the step."""
         self.train_module.set_gradient_accumulation_boundary(last)
-        return nullcontext()
+        return super().exchange(last)
 
     def backward(self, loss: Tensor, passes: int) -> None:
         """DeepSpeed divides by the number of passes itself."""
@@ -83,21 +77,21 @@ class DeepSpeed(Engine):
         if self.train_module.bfloat16_enabled():
             masters = dict(self.optimizer.layout.gather(lambda tensor: tensor.detach()))
         elif self.stage == 3:
-            masters = dict(self._gathered())
+            masters = self._gathered()
         whole = {}
         for name, tensor in state.items():
             shape = getattr(tensor, "ds_shape", tensor.shape)
             whole[unwrapped_name(name)] = masters[tensor].view(shape) if tensor in masters else tensor.detach()
         return whole
 
-    def _gathered(self) -> list[tuple[Tensor, Tensor]]:
+    def _gathered(self) -> dict[Tensor, Tensor]:
         """Whole copies of stage 3's weights, frozen ones too."""
         from deepspeed import zero
 
-        copies = []
+        copies = {}
         for p in self.model.parameters():
             with zero.GatheredParameters([p]):
-                copies.append((p, p.detach().clone()))
+                copies[p] = p.detach().clone()
         return copies
 
     def optimizer_state(self) -> dict[str, Tensor]:

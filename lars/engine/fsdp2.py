@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class FSDP2(Engine):
     def exchange(self, last: bool) -> AbstractContextManager:
         """Gradients are reduced and cut in the last pass's backward only."""
         self.model.set_requires_gradient_sync(last)
-        return nullcontext()
+        return super().exchange(last)
 
     def bad_gradients(self) -> list[str]:
         """Names of the parameters whose gradient is not finite on some process."""

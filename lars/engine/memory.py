@@ -8,13 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lars.engine.build import sums_order_free
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, one_line
 
-# Per trained element of plain data parallel: weight, velocity, gradient of one pass (float32), the order-free sum
-# (int64) and its mean (float32). DDP has one gradient, and no sum.
-PLAIN_BYTES, DDP_BYTES = 4 + 4 + 4 + 8 + 4, 4 + 4 + 4
+
+def state_bytes(recipe: Recipe, processes: int) -> int:
+    """Bytes for each trained element of plain data parallel.
+
+    Weight, velocity, gradient of one pass (float32), the order-free sum (int64) and its mean (float32). DDP has one
+    gradient, and no sum.
+    """
+    return 4 + 4 + 4 + 8 + 4 if sums_order_free(recipe, processes) else 4 + 4 + 4
+
+
+def kept_in(precision: str, float32_bytes: float) -> float:
+    """What a forward in this precision keeps where one in float32 keeps so much: tf32 the same, bf16 half."""
+    return float32_bytes / 2 if precision == "bf16" else float32_bytes
 
 
 def activation_bytes(model: nn.Module, images: tuple[int, int, int, int], classes: int | None = None) -> int:
@@ -53,14 +64,15 @@ def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) 
         model.set_grad_checkpointing()
     try:
         counted = activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
-        activations = counted / 2**20 / (2 if recipe.precision == "bf16" else 1)
+        activations = kept_in(recipe.precision, counted) / 2**20
         one_pass = f"{activations:,.0f} MiB of activations (one pass, however many there are)"
     except Exception as error:  # a model that looks at its numbers, or one that cannot take these images
         _play(model, recipe)
         one_pass = f"the activations of one pass, which could not be counted ({one_line(error)})"
-    each = PLAIN_BYTES if recipe.runtime.deterministic or plan.processes == 1 else DDP_BYTES
-    state = f"{each * elements / 2**20:,.0f} MiB of state ({each} bytes x {elements:,} weights)"
-    state = state if engine == "plain" else f"{engine}'s share of the state of {elements:,} weights"
+    state = f"{engine}'s share of the state of {elements:,} weights"
+    if engine == "plain":
+        each = state_bytes(recipe, plan.processes)
+        state = f"{each * elements / 2**20:,.0f} MiB of state ({each} bytes x {elements:,} weights)"
     return f"memory a process: {state} + {one_pass}"
 
 

@@ -22,8 +22,11 @@ def explain_nonfinite(engine: Engine, step: int, passes: Iterable[tuple[int, Bat
     Raises:
         FloatingPointError: always; names the first layer, else the parameter whose gradient is bad.
     """
-    forwards = (partial(engine.forward, batch.images, batch.labels, step, number) for number, batch in passes)
-    found = [layer for forward in forwards if (layer := first_bad_layer(engine.model, forward))]
+    found = []
+    for number, batch in passes:  # all of them: each is played by all processes together
+        forward = partial(engine.forward, batch.images, batch.labels, step, number)
+        if layer := first_bad_layer(engine.model, forward):
+            found.append(layer)
     where = gather_object(found[:1]) + [f"gradient of {name}" for name in reversed(bad_gradients)] + ["gradient"]
     raise FloatingPointError(
         f"step {step + 1}: not finite or beyond range, first in {where[0]}; the checkpoint of the last good step "
@@ -38,15 +41,13 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], object]) -> str | No
         if not torch.isfinite(tensor).all():
             return f"weights {name}"
     found: list[str] = []
-    hooks = []
-    for name, module in model.named_modules():
-        if not any(module.children()):
 
-            def look(module: nn.Module, inputs: object, output: object, name: str = name) -> None:
-                if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-                    found.append(f"output of layer {name}")
+    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+            found.append(f"output of layer {name}")
 
-            hooks.append(module.register_forward_hook(look))
+    layers = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in layers]
     try:
         forward()
     finally:

@@ -28,16 +28,18 @@ _DISPATCHED = ("avx", "sse4", "fma", "amx", "f16c")  # beginnings of the flags b
 
 def set_variables() -> None:
     """Set all of them, or none where the user has set one to another value or the CPU lacks an instruction."""
-    if not _cpu_lacks() and not any(os.environ.get(name, value) != value for name, value in VARIABLES.items()):
+    if not excluded():
         os.environ.update(VARIABLES)
 
 
 def excluded() -> str | None:
     """Why no process that is started from this one can be portable on the CPU; None if it can. Imports no torch."""
-    others = (
-        f"{name}={os.environ[name]} is set" for name, value in VARIABLES.items() if os.environ.get(name, value) != value
-    )
-    return _cpu_lacks() or next(others, None)
+    if lacking := _cpu_lacks():
+        return lacking
+    for name, value in VARIABLES.items():
+        if os.environ.get(name, value) != value:
+            return f"{name}={os.environ[name]} is set"
+    return None
 
 
 def obstacle() -> str | None:

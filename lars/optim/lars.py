@@ -11,7 +11,7 @@ hyperparameters were tuned with `paper`, timm's LARS and torch.optim.SGD compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,28 @@ from lars.optim.norms import roots, tensor_norms, trust_ratios
 from lars.optim.registry import Keys, register
 
 MOMENTUM_MODES = ("paper", "torch")
+
+
+@dataclass
+class Work:
+    """What this process updates of a group: tensors, or slices of layers where an engine keeps those."""
+
+    group: dict[str, Any]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)  # the number of each slice's layer; empty for whole tensors
+    ratios: Tensor | None = None  # one for each tensor; None where the group is not adapted
+
+    def add(self, param: Tensor, grad: Tensor, velocity: Tensor) -> None:
+        self.params.append(param)
+        self.grads.append(grad)
+        self.velocities.append(velocity)
+
+    def scales(self, rate: float) -> list[Tensor]:
+        """The rate times the ratio of each tensor, in the tensor's dtype."""
+        assert self.ratios is not None
+        return [scale.to(v.dtype) for scale, v in zip((rate * self.ratios).unbind(), self.velocities)]
 
 
 class LARS(Optimizer):
@@ -69,19 +91,13 @@ class LARS(Optimizer):
             "decay_in_norm": decay_in_norm,
             "adapt": None,
         }
-        self.layout = None
         self._shapes: list[list[torch.Size]] = []  # of every group, as given: how flat slices are recognised
         self._applied: dict[Tensor, tuple[Tensor, int]] = {}  # by the model's parameter: its group's ratios, its place
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_shapes": self._shapes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy or a pickle: it has to be bound anew."""
-        self.__dict__.setdefault("layout", None)
-        self.__dict__.setdefault("_applied", {})
-        super().__setstate__(state)
+        """For a copy or a pickle, which has to be bound anew."""
+        return {**super().__getstate__(), "_shapes": self._shapes, "_applied": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by dimension unless it says what to do with all its tensors."""
@@ -109,27 +125,20 @@ class LARS(Optimizer):
                 loss = closure()
         if self.layout is None:
             self.refuse_slices()
-        work = [(group, *self._tensors(group)) for group in self.param_groups]
-        ratios = self._ratios(work)
-        for (group, params, grads, velocities, layers), some_ratios in zip(work, ratios):
-            if some_ratios is not None:
-                owners = params if self.layout is None else [self.layout.parameters[layer] for layer in layers]
-                self._applied.update({p: (some_ratios, place) for place, p in enumerate(owners)})
-            if params:
-                self.update(params, grads, velocities, some_ratios, group)
+        work = [self._work(group) for group in self.param_groups]
+        self._set_ratios(work)
+        for part in work:
+            if part.ratios is not None:
+                owners = part.params if self.layout is None else [self.layout.parameters[n] for n in part.layers]
+                self._applied.update({p: (part.ratios, place) for place, p in enumerate(owners)})
+            if part.params:
+                self.update(part)
         return loss
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        velocities: list[Tensor],
-        ratios: Tensor | None,
-        group: dict[str, Any],
-    ) -> None:
-        """The rule, in place, for tensors or slices of one group; `ratios` is None where the group is not adapted."""
-        update = _update_fused if _fused_kernel_fits(params, grads, group) else _update_foreach
-        update(params, grads, velocities, ratios, group)
+    def update(self, work: Work) -> None:
+        """The rule, in place, for the tensors or slices of one group."""
+        update = _update_fused if _fused_kernel_fits(work) else _update_foreach
+        update(work)
 
     def applied_ratios(self) -> dict[Tensor, float]:
         """{model's parameter: trust ratio of its last update}, of adapted layers of which this process has a part."""
@@ -149,52 +158,45 @@ class LARS(Optimizer):
                 "engine is built"
             )
 
-    def _tensors(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-        """Weights, gradients and velocities that this process updates, and the number of the layer each belongs to."""
+    def _work(self, group: dict[str, Any]) -> Work:
         params = [p for p in group["params"] if p.grad is not None]
         if any(p.grad.is_sparse for p in params):
             raise ValueError("LARS has no rule for sparse gradients")
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        velocities = [self.state[p]["momentum_buffer"] for p in params]
-        if self.layout is None:
-            return params, [p.grad for p in params], velocities, []
-        cut = [
-            (layer, view(p), view(p.grad), view(v))
-            for p, v in zip(params, velocities)
-            for layer, view in self.layout.cut(p)
-        ]
-        layers, weights, grads, velocities = map(list, zip(*cut)) if cut else ([], [], [], [])
-        return weights, grads, velocities, layers
+        work = Work(group)
+        for p in params:
+            velocity = self.state[p]["momentum_buffer"]
+            if self.layout is None:
+                work.add(p, p.grad, velocity)
+                continue
+            for layer, view in self.layout.cut(p):
+                work.add(view(p), view(p.grad), view(velocity))
+                work.layers.append(layer)
+        return work
 
-    def _ratios(self, work: list[tuple]) -> list[Tensor | None]:
-        """For each group its tensors' trust ratios, None where it does not adapt; at most one all-reduce in all."""
-        norms = [
-            tensor_norms(params, grads) if group["adapt"] and params else None for group, params, grads, _, _ in work
-        ]
+    def _set_ratios(self, work: list[Work]) -> None:
+        """Give the groups that are adapted their tensors' trust ratios; at most one all-reduce in all."""
+        adapted = [part for part in work if part.group["adapt"] and part.params]
+        norms = [tensor_norms(part.params, part.grads) for part in adapted]
         sliced = [group for group in self.param_groups if group["adapt"] and group["params"]]  # the same on all ranks
         if self.layout is not None and sliced:
             device = sliced[0]["params"][0].device
             squares = torch.zeros(2, self.layout.layers, device=device)
-            for (*_, layers), some in zip(work, norms):
-                if some is not None:
-                    squares.index_add_(1, self.layout.index(layers, device), some.square())
+            for part, some in zip(adapted, norms):
+                squares.index_add_(1, self.layout.index(part.layers, device), some.square())
             whole = roots(self.layout.squared_norms(squares))
-            norms = [
-                None if some is None else whole.index_select(1, self.layout.index(layers, device))
-                for (*_, layers), some in zip(work, norms)
-            ]
-        return [
-            None if some is None else trust_ratios(some[0], some[1], group) for (group, *_), some in zip(work, norms)
-        ]
+            norms = [whole.index_select(1, self.layout.index(part.layers, device)) for part in adapted]
+        for part, some in zip(adapted, norms):
+            part.ratios = trust_ratios(some[0], some[1], part.group)
 
 
-def _fused_kernel_fits(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> bool:
+def _fused_kernel_fits(work: Work) -> bool:
     """torch's kernel walks memory without looking at strides, and has no velocity at momentum 0."""
-    return group["momentum"] > 0 and all(
+    return work.group["momentum"] > 0 and all(
         p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.stride() == g.stride()
-        for p, g in zip(params, grads)
+        for p, g in zip(work.params, work.grads)
     )
 
 
@@ -203,26 +205,25 @@ def rates(group: dict[str, Any]) -> tuple[float, float]:
     return (group["lr"], 1.0) if group["momentum_mode"] == "paper" else (1.0, group["lr"])
 
 
-def _update_fused(
-    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
-) -> None:
+def _update_fused(work: Work) -> None:
     """One memory pass over w, g and v, with torch's fused SGD kernel.
 
     It computes v <- momentum v + (1 - dampening)(g + decay w); w <- w - lr v, so `dampening` carries the ratio, and
     the rate too where it belongs inside the velocity.
     """
-    inside, outside = rates(group)
-    if ratios is None:
-        batches = [(params, grads, velocities, 1.0)]
+    inside, outside = rates(work.group)
+    if work.ratios is None:
+        batches = [(work.params, work.grads, work.velocities, 1.0)]
     else:
-        batches = [([p], [g], [v], r) for p, g, v, r in zip(params, grads, velocities, ratios.tolist())]
-    for some_params, some_grads, some_velocities, ratio in batches:
+        each = zip(work.params, work.grads, work.velocities, work.ratios.tolist())
+        batches = [([p], [g], [v], ratio) for p, g, v, ratio in each]
+    for params, grads, velocities, ratio in batches:
         torch._fused_sgd_(
-            some_params,
-            some_grads,
-            some_velocities,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
+            params,
+            grads,
+            velocities,
+            weight_decay=work.group["weight_decay"],
+            momentum=work.group["momentum"],
             lr=outside,
             dampening=1.0 - inside * ratio,
             nesterov=False,
@@ -231,35 +232,27 @@ def _update_fused(
         )
 
 
-def _update_foreach(
-    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], ratios: Tensor | None, group: dict[str, Any]
-) -> None:
+def _update_foreach(work: Work) -> None:
     """The rule in place with torch's list operations: any device and dtype; ratios never leave the device."""
-    (inside, outside), decay = rates(group), group["weight_decay"]
-    torch._foreach_mul_(velocities, group["momentum"])
-    if ratios is None:
-        torch._foreach_add_(velocities, grads, alpha=inside)
+    (inside, outside), decay = rates(work.group), work.group["weight_decay"]
+    torch._foreach_mul_(work.velocities, work.group["momentum"])
+    if work.ratios is None:
+        torch._foreach_add_(work.velocities, work.grads, alpha=inside)
         if decay:
-            torch._foreach_add_(velocities, params, alpha=inside * decay)
+            torch._foreach_add_(work.velocities, work.params, alpha=inside * decay)
     else:
-        scales = [r.to(v.dtype) for r, v in zip((inside * ratios).unbind(), velocities)]
-        torch._foreach_addcmul_(velocities, grads, scales)
+        scales = work.scales(inside)
+        torch._foreach_addcmul_(work.velocities, work.grads, scales)
         if decay:
-            torch._foreach_addcmul_(velocities, params, scales, value=decay)
-    torch._foreach_sub_(params, velocities, alpha=outside)
+            torch._foreach_addcmul_(work.velocities, work.params, scales, value=decay)
+    torch._foreach_sub_(work.params, work.velocities, alpha=outside)
 
 
 def _check(group: dict[str, Any]) -> None:
-    for name, low, high in (
-        ("lr", 0.0, float("inf")),
-        ("momentum", 0.0, 1.0),
-        ("weight_decay", 0.0, float("inf")),
-        ("trust_coefficient", 0.0, float("inf")),
-        ("eps", 0.0, float("inf")),
-    ):
-        value = float(group[name])
-        if not low <= value < high:
-            raise ValueError(f"{name} must lie in [{low:g}, {high:g}), not {value:g}")
+    for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
+        value, limit = float(group[name]), 1.0 if name == "momentum" else float("inf")
+        if not 0.0 <= value < limit:
+            raise ValueError(f"{name} must lie in [0, {limit:g}), not {value:g}")
     if group["trust_coefficient"] == 0:
         raise ValueError("trust_coefficient must be positive: with 0 no adapted tensor would ever move")
     if group["momentum_mode"] not in MOMENTUM_MODES:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lars.optim import lars
 from lars.optim.key import SHARE, key
-from lars.optim.lars import LARS, RatioKeys
+from lars.optim.lars import LARS, RatioKeys, Work
 from lars.optim.registry import Keys, register
 
 
@@ -25,23 +24,16 @@ class LARSOutside(LARS):
     def rule_of(self, group: dict[str, Any]) -> str:
         return f"{super().rule_of(group)}, ratio outside" if group["adapt"] else super().rule_of(group)
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        velocities: list[Tensor],
-        ratios: Tensor | None,
-        group: dict[str, Any],
-    ) -> None:
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, grads)
-        if group["weight_decay"]:
-            torch._foreach_add_(velocities, params, alpha=group["weight_decay"])
-        if ratios is None:
-            torch._foreach_sub_(params, velocities, alpha=group["lr"])
+    def update(self, work: Work) -> None:
+        decay, lr = work.group["weight_decay"], work.group["lr"]
+        torch._foreach_mul_(work.velocities, work.group["momentum"])
+        torch._foreach_add_(work.velocities, work.grads)
+        if decay:
+            torch._foreach_add_(work.velocities, work.params, alpha=decay)
+        if work.ratios is None:
+            torch._foreach_sub_(work.params, work.velocities, alpha=lr)
         else:
-            scales = [r.to(v.dtype) for r, v in zip((group["lr"] * ratios).unbind(), velocities)]
-            torch._foreach_addcmul_(params, velocities, scales, value=-1)
+            torch._foreach_addcmul_(work.params, work.velocities, work.scales(lr), value=-1)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lars.optim import lars, sgd
-from lars.optim.lars import LARS, LARSKeys, MomentumKeys, rates
+from lars.optim.lars import LARS, LARSKeys, MomentumKeys, Work, rates
 from lars.optim.registry import register
 
 
@@ -24,18 +24,13 @@ class Nesterov(LARS):
     def rule_of(self, group: dict[str, Any]) -> str:
         return f"{super().rule_of(group)}, Nesterov"
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        velocities: list[Tensor],
-        ratios: Tensor | None,
-        group: dict[str, Any],
-    ) -> None:
-        (inside, outside), momentum = rates(group), group["momentum"]
-        scales: Sequence[float | Tensor] = [inside] * len(params) if ratios is None else (inside * ratios).unbind()
-        for p, g, v, scale in zip(params, grads, velocities, scales):
-            pushed = torch.add(g, p, alpha=group["weight_decay"]).mul_(scale)
+    def update(self, work: Work) -> None:
+        (inside, outside), momentum = rates(work.group), work.group["momentum"]
+        scales: Sequence[float | Tensor] = [inside] * len(work.params)
+        if work.ratios is not None:
+            scales = (inside * work.ratios).unbind()
+        for p, g, v, scale in zip(work.params, work.grads, work.velocities, scales):
+            pushed = torch.add(g, p, alpha=work.group["weight_decay"]).mul_(scale)
             v.mul_(momentum).add_(pushed)
             p.sub_(pushed.add_(v, alpha=momentum), alpha=outside)
 

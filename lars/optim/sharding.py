@@ -107,13 +107,14 @@ def bind(model: nn.Module, optimizer: Any) -> None:
     """
     rule = _unwrap(optimizer)
     zero = getattr(model, "optimizer", None) if hasattr(model, "zero_optimization_stage") else None
+    in_partitions = zero is not None and zero is not rule
     tensors = [p for group in rule.param_groups for p in group["params"]]
-    sharded = zero is not None and zero is not rule
-    if rule.slices == "refused" and (sharded or any(isinstance(p, DTensor) for p in tensors)):
+    in_dtensors = any(isinstance(p, DTensor) for p in tensors)
+    if rule.slices == "refused" and (in_partitions or in_dtensors):
         raise ShardingError(f"{type(rule).__name__} needs whole tensors: train it with plain data parallel or DDP")
-    if sharded:
+    if in_partitions:
         rule.layout = _of_deepspeed(zero)
-    elif any(isinstance(p, DTensor) for p in tensors):
+    elif in_dtensors:
         rule.layout = _of_dtensors(tensors)
     else:
         rule.layout = None
@@ -135,19 +136,21 @@ def _of_deepspeed(zero: Any) -> Layout:
         raise ShardingError(
             "the optimizer is offloaded, where DeepSpeed steps on copies: set offload_optimizer to none"
         )
-    readers = {
+    import deepspeed
+
+    slices_of = {
         "DeepSpeedZeroOptimizer": _of_stage_1_or_2,
         "DeepSpeedZeroOptimizer_Stage3": _of_stage_3,
         "BF16_Optimizer": _of_bf16_stage_1,
-    }
-    name = type(zero).__name__
-    if name not in readers:
-        raise ShardingError(f"{name} of {_deepspeed_version()} is not a layout that LARS knows")
+    }.get(type(zero).__name__)
+    name = f"{type(zero).__name__} of DeepSpeed {deepspeed.__version__}"
+    if slices_of is None:
+        raise ShardingError(f"{name} is not a layout that LARS knows")
     try:
-        group, found = readers[name](zero)
-        slices = list(found)
+        group = zero.dp_process_group if slices_of is _of_stage_3 else zero.real_dp_process_group[0]
+        slices = list(slices_of(zero))
     except (AttributeError, IndexError, TypeError) as error:
-        raise ShardingError(f"{name} of {_deepspeed_version()} is not laid out as LARS knows it: {error}") from error
+        raise ShardingError(f"{name} is not laid out as LARS knows it: {error}") from error
     layout = Layout(group)
     numbers: dict[Tensor, int] = {}
     for flat, parameter, size, flat_start, start, length in slices:
@@ -158,7 +161,8 @@ def _of_deepspeed(zero: Any) -> Layout:
         pieces = layout.pieces.setdefault(flat, [])
         if length:
             pieces.append(Piece(layer, start, partial(_narrowed, start=flat_start, length=length)))
-    _check_complete(layout, name)
+    if not _is_complete(layout):
+        raise ShardingError(f"{name} does not hold every weight once: its layout has changed")
     return layout
 
 
@@ -166,8 +170,8 @@ def _narrowed(flat: Tensor, start: int, length: int) -> Tensor:
     return flat.view(-1).narrow(0, start, length)
 
 
-def _check_complete(layout: Layout, name: str) -> None:
-    """All processes together must hold every element of every layer exactly once."""
+def _is_complete(layout: Layout) -> bool:
+    """Whether all processes together hold every element of every layer exactly once."""
     held = torch.zeros(2, layout.layers, dtype=torch.int64)
     for tensor, pieces in layout.pieces.items():
         for layer, start, view in pieces:
@@ -175,8 +179,7 @@ def _check_complete(layout: Layout, name: str) -> None:
             held[:, layer] += torch.tensor([length, length * (2 * start + length - 1) // 2])  # count, sum of positions
     held = held.to(next(iter(layout.pieces)).device)
     dist.all_reduce(held, group=layout.group)
-    if held.tolist() != [layout.sizes, [n * (n - 1) // 2 for n in layout.sizes]]:
-        raise ShardingError(f"{name} of {_deepspeed_version()} does not hold every weight once: its layout has changed")
+    return held.tolist() == [layout.sizes, [n * (n - 1) // 2 for n in layout.sizes]]
 
 
 # flat tensor, parameter, its elements; where the slice starts in the flat tensor and in the parameter; its length
@@ -189,44 +192,33 @@ def _overlap(flat: Tensor, p: Tensor, offset: int, begin: int) -> Slice:
     return flat, p, p.numel(), max(first - begin, 0), max(first - offset, 0), max(last - first, 0)
 
 
-def _of_stage_1_or_2(zero: Any) -> tuple[Any, Iterator[Slice]]:
-    def slices() -> Iterator[Slice]:
-        for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-            begin = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
-            # The order in the buffer is the round-robin one; `_hp_mapping` follows it only where there is padding.
-            for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-                yield _overlap(flat, p, offset, begin)
-
-    return zero.real_dp_process_group[0], slices()
+def _of_stage_1_or_2(zero: Any) -> Iterator[Slice]:
+    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+        begin = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
+        # The order in the buffer is the round-robin one; `_hp_mapping` follows it only where there is padding.
+        for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+            yield _overlap(flat, p, offset, begin)
 
 
-def _of_bf16_stage_1(zero: Any) -> tuple[Any, Iterator[Slice]]:
+def _of_bf16_stage_1(zero: Any) -> Iterator[Slice]:
     """DeepSpeed's `bf16` section on stage 1 with float32 accumulation: bf16 weights, float32 masters in partitions."""
-
-    def slices() -> Iterator[Slice]:
-        for i, flat in enumerate(zero.fp32_groups_flat_partition):
-            begin, offset = dist.get_rank(zero.real_dp_process_group[i]) * flat.numel(), 0
-            for p in zero.bf16_groups[i]:
-                yield _overlap(flat, p, offset, begin)
-                offset += p.numel()
-
-    return zero.real_dp_process_group[0], slices()
+    for i, flat in enumerate(zero.fp32_groups_flat_partition):
+        begin, offset = dist.get_rank(zero.real_dp_process_group[i]) * flat.numel(), 0
+        for p in zero.bf16_groups[i]:
+            yield _overlap(flat, p, offset, begin)
+            offset += p.numel()
 
 
-def _of_stage_3(zero: Any) -> tuple[Any, Iterator[Slice]]:
-    group = zero.dp_process_group
-
-    def slices() -> Iterator[Slice]:
-        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
-            offset = 0
-            for p in parameters:
-                part = p.partition_numel()
-                start = dist.get_rank(group) * part
-                held = min(max(p.ds_numel - start, 0), part)  # the rest is padding
-                yield flat, p, p.ds_numel, offset, start, held
-                offset += part
-
-    return group, slices()
+def _of_stage_3(zero: Any) -> Iterator[Slice]:
+    rank = dist.get_rank(zero.dp_process_group)
+    for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        offset = 0
+        for p in parameters:
+            part = p.partition_numel()
+            start = rank * part
+            held = min(max(p.ds_numel - start, 0), part)  # the rest is padding
+            yield flat, p, p.ds_numel, offset, start, held
+            offset += part
 
 
 def _of_dtensors(tensors: list[Tensor]) -> Layout:
@@ -238,13 +230,10 @@ def _of_dtensors(tensors: list[Tensor]) -> Layout:
             "some parameters are sharded over one device mesh and some are not: shard the whole model on one"
         )
     sharded = {tuple(i for i, place in enumerate(p.placements) if isinstance(place, Shard)) for p in cut}
-    if (
-        len(sharded) != 1
-        or len(next(iter(sharded))) != 1
-        or any(place.is_partial() for p in cut for place in p.placements)
-    ):
+    dimensions, *others = sharded
+    if others or len(dimensions) != 1 or any(place.is_partial() for p in cut for place in p.placements):
         raise ShardingError("parameters must be sharded over exactly one dimension of the device mesh")
-    layout = Layout(next(iter(meshes)).get_group(next(iter(sharded))[0]), tensors, [p.numel() for p in tensors])
+    layout = Layout(meshes.pop().get_group(dimensions[0]), tensors, [p.numel() for p in tensors])
     for layer, p in enumerate(cut):
         # `start` is for flat slices only; whole DTensors come from `full_tensor`
         layout.pieces[p] = [Piece(layer, 0, _local)] if p.to_local().numel() else []
@@ -253,9 +242,3 @@ def _of_dtensors(tensors: list[Tensor]) -> Layout:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local()
-
-
-def _deepspeed_version() -> str:
-    import deepspeed
-
-    return f"DeepSpeed {deepspeed.__version__}"

@@ -108,11 +108,9 @@ def _check(cluster: Cluster, path: Path) -> None:
 
 
 def _flat(cluster: Cluster) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in OmegaConf.to_container(OmegaConf.structured(cluster)).items():
-        flat |= (
-            {f"{key}.{inner}": v for inner, v in value.items()} | {key: None}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        flat[key] = value
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
     return flat

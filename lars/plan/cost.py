@@ -8,7 +8,7 @@ Messages cost latency + bytes / bandwidth (alpha-beta; Thakur, Rabenseifner, Gro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lars.engine.memory import activation_bytes
+from lars.engine.memory import activation_bytes, kept_in
 from lars.plan.cluster import Cluster, Device, Link
 from lars.recipe.launched import decoders
 from lars.recipe.refusal import RecipeError, one_line
@@ -47,15 +47,12 @@ class Work:
     """A run: what a recipe asks for, split into passes."""
 
     counts: Counts
-    samples: int
-    validation: int
-    epochs: float
+    validation: int  # samples
     global_batch: int  # as if every device had as many passes as the one that has most
     micro_batch: int
     precision: str
+    order_free: bool  # each pass goes through the order-free sum; DDP hides its exchange behind the last backward
     wire_bytes: float  # per gradient element
-    overlap: bool  # whether the exchange hides behind the last pass's backward (DDP)
-    sums_passes: bool  # whether each pass goes through the order-free sum
     image_bytes: float  # an encoded image; 0 where reading and decoding are left out
 
 
@@ -75,9 +72,6 @@ class Step:
         """Images are decoded ahead by other cores, or by the same ones."""
         busy = self.compute + self.summing + self.communication + self.update
         return busy + self.data if self.decodes else max(busy, self.data)
-
-    def share(self, part: str) -> float:
-        return getattr(self, part) / self.seconds
 
     @property
     def bottleneck(self) -> str:
@@ -123,12 +117,6 @@ def count_operations(model: nn.Module, images: int, size: int) -> int:
     return operations.count
 
 
-def scaled(counts: Counts, size: float, counted: float) -> Counts:
-    """The same convolutions on images of another size: flops and kept bytes follow the pixels."""
-    ratio = (size / counted) ** 2
-    return replace(counts, flops=counts.flops * ratio, kept_bytes=counts.kept_bytes * ratio)
-
-
 def image_seconds(device: Device, counts: Counts, precision: str) -> float:
     """Training on one image, without the cost per operation."""
     seconds = _roofline(device, counts, precision)
@@ -140,9 +128,8 @@ def image_seconds(device: Device, counts: Counts, precision: str) -> float:
 
 def _roofline(device: Device, counts: Counts, precision: str) -> float:
     used = precision if precision in device.peak else "fp32"
-    kept = counts.kept_bytes / (2 if used == "bf16" else 1)
     arithmetic = BACKWARD * counts.flops / (device.efficiency * device.peak[used])
-    return max(arithmetic, device.memory_passes * kept / device.memory_bandwidth)
+    return max(arithmetic, device.memory_passes * kept_in(used, counts.kept_bytes) / device.memory_bandwidth)
 
 
 def ring_seconds(size: float, members: int, link: Link) -> float:
@@ -181,10 +168,10 @@ def step_of(work: Work, cluster: Cluster) -> Step:
     compute = images * image_seconds(device, counts, work.precision)
     compute += passes * BACKWARD * counts.operations * device.seconds_per_operation
     exchange = all_reduce_seconds(work.wire_bytes * counts.weights, cluster) if cluster.devices > 1 else 0.0
-    hidden = compute / passes * (BACKWARD - 1) / BACKWARD if work.overlap else 0.0
+    hidden = 0.0 if work.order_free else compute / passes * (BACKWARD - 1) / BACKWARD
     return Step(
         compute=compute,
-        summing=passes * SUM_BYTES * counts.weights / device.memory_bandwidth if work.sums_passes else 0.0,
+        summing=passes * SUM_BYTES * counts.weights / device.memory_bandwidth if work.order_free else 0.0,
         communication=max(0.0, exchange - hidden),
         update=UPDATE_BYTES * counts.weights / device.memory_bandwidth,
         data=images * _data_seconds(work, cluster),
@@ -206,6 +193,6 @@ def _data_seconds(work: Work, cluster: Cluster) -> float:
     if not work.image_bytes:
         return 0.0
     node = cluster.node
-    share = node.cores / node.devices if cluster.device.decodes else decoders(node.cores, node.devices)
-    decode = (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / share
+    cores = node.cores / node.devices if cluster.device.decodes else decoders(node.cores, node.devices)
+    decode = (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / cores
     return max(decode, work.image_bytes * min(cluster.devices, node.devices) / node.storage_bytes_per_second)

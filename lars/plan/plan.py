@@ -19,26 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lars.engine.build import build_model
-from lars.engine.memory import DDP_BYTES, PLAIN_BYTES
+from lars.engine.build import build_model, sums_order_free
+from lars.engine.memory import kept_in, state_bytes
 from lars.plan.cluster import USABLE, Cluster, load_cluster
-from lars.plan.cost import (
-    FLOAT_BYTES,
-    INTEGER_BYTES,
-    Counts,
-    Step,
-    Work,
-    count,
-    count_operations,
-    evaluation_seconds,
-    step_of,
-)
+from lars.plan.cost import FLOAT_BYTES, INTEGER_BYTES, Step, Work, count, count_operations, evaluation_seconds, step_of
 from lars.plan.render import draw, report, sweep_table
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.model_file import import_model_file
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 
 KNOWN_DATA = {"ILSVRC/imagenet-1k": (1_281_167, 50_000, 110_000)}
 """Training and validation samples, bytes of an encoded image (140 GB in all, remembered); it need not be opened."""
@@ -66,9 +56,14 @@ class Plan:
         return len({min(step, self.steps) for step in self.batch.evaluation_steps()})
 
     @property
+    def evaluation_seconds(self) -> float:
+        """Of all evaluations."""
+        return self.evaluations * evaluation_seconds(self.work, self.cluster)
+
+    @property
     def seconds(self) -> float:
         """Steps and evaluations; start-up and checkpoints are not in it."""
-        return self.steps * self.step.seconds + self.evaluations * evaluation_seconds(self.work, self.cluster)
+        return self.steps * self.step.seconds + self.evaluation_seconds
 
     @property
     def images_per_second(self) -> float:
@@ -88,16 +83,15 @@ class Plan:
         """What starts it; on several machines it is started on each."""
         if self.cluster.launch is None:
             return f"nothing here runs on {self.cluster.device.name}"
-        where = f"on each of {self.cluster.nodes} machines: " if self.cluster.nodes > 1 else ""
-        machines = (
-            f" --num_machines {self.cluster.nodes} --machine_rank RANK --main_process_ip HOST --main_process_port 29500"
-        )
+        nodes, where, machines = self.cluster.nodes, "", ""
+        if nodes > 1:
+            where = f"on each of {nodes} machines: "
+            machines = f" --num_machines {nodes} --machine_rank RANK --main_process_ip HOST --main_process_port 29500"
         given = [key for key in overrides if not key.startswith("runtime.micro_batch=")]
         keys = [*given, f"runtime.micro_batch={self.batch.micro_batch}", *self.cluster.device.settings]
         return (
             f"{where}accelerate launch --config_file launch/{self.cluster.launch}.yaml"
-            f" --num_processes {self.cluster.devices}{machines if self.cluster.nodes > 1 else ''}"
-            f" recipes/train.py --config {file} {' '.join(keys)}"
+            f" --num_processes {self.cluster.devices}{machines} recipes/train.py --config {file} {' '.join(keys)}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,7 +113,7 @@ class Plan:
                 "summing_seconds": self.step.summing,
                 "communication_seconds": self.step.communication,
                 "data_seconds": self.step.data,
-                "evaluation_seconds": self.evaluations * evaluation_seconds(self.work, self.cluster),
+                "evaluation_seconds": self.evaluation_seconds,
                 "cost": self.cost,
             },
         }
@@ -137,25 +131,23 @@ def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Pl
         model.set_grad_checkpointing()
     group, size = recipe.bn_group or 1, recipe.model.image_size
     counts = count(model, group, size)
-    summed = recipe.runtime.deterministic or cluster.devices == 1
-    state = (PLAIN_BYTES if summed else DDP_BYTES) * counts.weights
+    state = state_bytes(recipe, cluster.devices) * counts.weights
     room = USABLE * cluster.device.memory_bytes - state
-    batch = choose_passes(recipe, samples, cluster.devices, int(room // _activations(recipe, counts, 1)), sweep)
+    an_image = kept_in(recipe.precision, counts.kept_bytes)
+    batch = choose_passes(recipe, samples, cluster.devices, int(room // an_image), sweep)
     counts = replace(counts, operations=count_operations(model, batch.micro_batch, size))
+    order_free = sums_order_free(recipe, cluster.devices)
     work = Work(
         counts=counts,
-        samples=samples,
         validation=validation,
-        epochs=recipe.epochs,
         global_batch=batch.passes_per_process * batch.micro_batch * batch.processes,
         micro_batch=batch.micro_batch,
         precision=recipe.precision,
-        wire_bytes=INTEGER_BYTES if recipe.runtime.deterministic else FLOAT_BYTES,
-        overlap=not recipe.runtime.deterministic,
-        sums_passes=summed,
+        order_free=order_free,
+        wire_bytes=INTEGER_BYTES if order_free else FLOAT_BYTES,
         image_bytes=image_bytes,
     )
-    activations = round(_activations(recipe, counts, batch.micro_batch))
+    activations = round(an_image * batch.micro_batch)
     return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)
 
 
@@ -167,7 +159,7 @@ def choose_passes(
     Of several it is the largest. A sweep has one, since the passes decide a run's bits: whoever follows it keeps one
     hash. It is a multiple of bn_group that fits; where not even the smallest fits, that one: the plan then says so.
     """
-    group, batch, even = recipe.bn_group or 1, recipe.global_batch, not recipe.runtime.deterministic
+    group, batch, even = recipe.bn_group or 1, recipe.global_batch, not sums_order_free(recipe, devices)
     counts = {devices, *sweep}
     most = batch // max(counts) if batch <= samples else 0  # a larger batch is refused below
     allowed = [m for m in range(group, most + 1, group) if batch % m == 0]
@@ -190,19 +182,12 @@ def data_of(recipe: Recipe) -> tuple[int, int, float]:
     if (place := recipe.data.place) in KNOWN_DATA:
         return KNOWN_DATA[place]
     if not os.path.isdir(place):
-        raise RecipeError(
-            f"data.path={recipe.data.path}: the plan knows {', '.join(KNOWN_DATA)} and local folders, "
-            "give data.path=FOLDER"
-        )
+        known = f"the plan knows {', '.join(KNOWN_DATA)} and local folders"
+        raise RecipeError(f"data.path={recipe.data.path}: {known}, give data.path=FOLDER")
     from lars.data.index import build_indexes
 
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     return train.samples, val.samples, sum(map(os.path.getsize, train.files)) / train.samples
-
-
-def _activations(recipe: Recipe, counts: Counts, images: int) -> float:
-    """As in `lars.engine.memory.memory_line`: a bf16 pass keeps half of what a float32 one does."""
-    return counts.kept_bytes * images / (2 if recipe.precision == "bf16" else 1)
 
 
 def with_devices(cluster: Cluster, devices: int) -> Cluster:
@@ -218,6 +203,7 @@ def _numbers(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
+@refuses(RecipeError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
@@ -229,15 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.picture and not args.devices:
         parser.error("--picture draws a sweep: add --devices 8,16,64")
-    try:
-        import_model_file(args.recipe.parent)
-        recipe = config.load(args.recipe, args.overrides)
-        cluster = load_cluster(args.cluster)
-        clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]
-        plans = [make_plan(recipe, each, sweep=args.devices or ()) for each in clusters]
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    import_model_file(args.recipe.parent)
+    recipe = config.load(args.recipe, args.overrides)
+    cluster = load_cluster(args.cluster)
+    clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]
+    plans = [make_plan(recipe, each, sweep=args.devices or ()) for each in clusters]
     if args.json:
         print(json.dumps([p.as_dict() for p in plans] if args.devices else plans[0].as_dict(), indent=1))
     else:
@@ -246,7 +228,3 @@ def main(arguments: list[str] | None = None) -> int:
         draw(plans, args.picture)
         print(f"picture: {args.picture}", file=sys.stderr)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

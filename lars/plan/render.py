@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lars.plan.cluster import USABLE
-from lars.plan.cost import evaluation_seconds
 
 if TYPE_CHECKING:  # it knows this file
     from lars.plan.plan import Plan
@@ -15,7 +14,6 @@ if TYPE_CHECKING:  # it knows this file
 def report(plan: Plan, file: Path, overrides: list[str]) -> str:
     """The plan in words; every number of the cluster file that it rests on has its source there."""
     step, batch, cluster = plan.step, plan.batch, plan.cluster
-    whole = plan.evaluations * evaluation_seconds(plan.work, cluster)
     idle = max(0.0, step.seconds - step.compute - step.summing - step.communication - step.update)
     parts = {
         "compute": step.compute,
@@ -32,7 +30,7 @@ def report(plan: Plan, file: Path, overrides: list[str]) -> str:
     lines = [
         f"{plan.recipe.name} on {cluster.name}: about {duration(plan.seconds)}",
         f"  steps       {plan.steps:,} of {step.seconds:.3g} s, {plan.evaluations} evaluations "
-        f"({duration(whole)} of the time)",
+        f"({duration(plan.evaluation_seconds)} of the time)",
         f"  a step      {batch.global_batch:,} images = {shared} x micro_batch {batch.micro_batch}{groups}",
         f"  speed       {plan.images_per_second:,.0f} images/s: {', '.join(shares)}",
         f"  bottleneck  {plan.bottleneck}",
@@ -86,13 +84,11 @@ def efficiencies(plans: list[Plan]) -> list[float]:
 
 def draw(plans: list[Plan], picture: Path) -> None:
     """Strong scaling: time and efficiency against devices."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     devices = [plan.cluster.devices for plan in plans]
-    figure, (time, efficiency) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure((10, 3.6), layout="constrained")
+    time, efficiency = figure.subplots(1, 2)
     minutes = [plan.seconds / 60 for plan in plans]
     time.loglog(devices, minutes, marker="o", label="planned")
     time.loglog(devices, [minutes[0] * devices[0] / n for n in devices], linestyle=":", color="grey", label="ideal")
@@ -108,4 +104,3 @@ def draw(plans: list[Plan], picture: Path) -> None:
         axis.grid(alpha=0.3)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
-    pyplot.close(figure)

@@ -6,8 +6,9 @@ import difflib
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 
 _SHORTEST = 4  # characters of a value that is hidden; a shorter one would hide half of every message
 
@@ -19,6 +20,23 @@ class RecipeError(ValueError):
 
     def __str__(self) -> str:
         return hidden(super().__str__())
+
+
+def refuses(*kinds: type[Exception]) -> Callable:
+    """Decorator of a command's main: an error of these kinds is one line on stderr, and the exit status 2."""
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @wraps(main)
+        def told(*arguments) -> int:
+            try:
+                return main(*arguments)
+            except kinds as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+
+        return told
+
+    return decorate
 
 
 def hide(value: str, written: str) -> None:

@@ -16,19 +16,20 @@ class Run:
     """What the files of a run folder say; any of them may be missing."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name, self.result, flat = path, name, read_result(path), flatten_run(path)
+        self.path, self.name = path, name
+        self.result = read_result(path)
+        flat = flatten_run(path)
         self.recipe = str(self.result.get("recipe") or flat.get("name") or path)[:200]
         self.seed = flat.get("seed") if isinstance(flat.get("seed"), int) else None
         self.keys = {key: value for key, value in fixing(flat).items() if key != "seed"}
         if self.keys:  # what else decides where the run ends: a shorter run, or other data, is no further seed
-            self.keys = completed(self.keys) | {
-                "max_steps": flat.get("max_steps"),
-                "data_fingerprint": self.result.get("data_fingerprint"),
-            }
+            self.keys = completed(self.keys)
+            self.keys["max_steps"] = flat.get("max_steps")
+            self.keys["data_fingerprint"] = self.result.get("data_fingerprint")
         lines = read_lines(path / "metrics.jsonl")
-        self.train, self.evals, self.trust = (
-            [x for x in lines if x.get("kind") == kind] for kind in ("train", "eval", "trust")
-        )
+        self.train = [line for line in lines if line.get("kind") == "train"]
+        self.evals = [line for line in lines if line.get("kind") == "eval"]
+        self.trust = [line for line in lines if line.get("kind") == "trust"]
 
     @property
     def status(self) -> str:
@@ -45,8 +46,12 @@ class Group:
     label: str = ""
 
     def seeds(self) -> list[Run]:
-        """One finished run of each seed: the same seed again is the same run, not a further sample."""
-        return list({run.seed: run for run in reversed(self.runs) if run.status == "finished"}.values())[::-1]
+        """The first finished run of each seed: the same seed again is the same run, not a further sample."""
+        found: dict[int | None, Run] = {}
+        for run in self.runs:
+            if run.status == "finished":
+                found.setdefault(run.seed, run)
+        return list(found.values())
 
 
 def grouped(paths: list[Path]) -> list[Group]:
@@ -60,13 +65,14 @@ def grouped(paths: list[Path]) -> list[Group]:
     shared = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
     for path, folder in zip(paths, folders):
         run = Run(path, os.path.relpath(folder, shared))
-        known = (g for g in groups if run.keys and (g.recipe, g.keys) == (run.recipe, run.keys))
-        group = next(known, None) or Group(run.recipe, run.keys)
-        group.runs.append(run)
-        groups += [group] if len(group.runs) == 1 else []
-    recipes = {g.recipe for g in groups}
+        same = [group for group in groups if run.keys and (group.recipe, group.keys) == (run.recipe, run.keys)]
+        if not same:
+            same = [Group(run.recipe, run.keys)]
+            groups += same
+        same[0].runs.append(run)
+    recipes = {group.recipe for group in groups}
     for recipe in recipes:
-        _label([g for g in groups if g.recipe == recipe], recipe if len(recipes) > 1 else "")
+        _label([group for group in groups if group.recipe == recipe], recipe if len(recipes) > 1 else "")
     for group in groups:
         group.runs.sort(key=lambda run: (run.seed is None, run.seed))
     return groups
@@ -77,20 +83,26 @@ def _label(groups: list[Group], start: str) -> None:
     labels = [start if len(groups) > 1 else group.recipe for group in groups]
     for key in differing(groups):
         short = key.removesuffix(".name").rpartition(".")[2]
-        longer = [
-            f"{label} {short}={written(g.keys[key])[:24]}".strip() if key in g.keys else label
-            for label, g in zip(labels, groups)
-        ]
-        labels = longer if len(set(longer)) > len(set(labels)) else labels
+        longer = []
+        for label, group in zip(labels, groups):
+            if key in group.keys:
+                label = f"{label} {short}={written(group.keys[key])[:24]}".strip()
+            longer.append(label)
+        if len(set(longer)) > len(set(labels)):
+            labels = longer
     for group, label in zip(groups, labels):
         group.label = label if labels.count(label) == 1 else f"{label} ({group.runs[0].name})".strip()
 
 
 def differing(groups: list[Group]) -> list[str]:
     """The keys that not all groups share, in the order of a recipe; groups whose keys are not known are not asked."""
-    known = [g.keys for g in groups if g.keys]
-    every = dict.fromkeys(key for keys in known for key in keys)
-    return [key for key in every if any(key not in keys or keys[key] != known[0].get(key) for keys in known)]
+    known = [group.keys for group in groups if group.keys]
+    found = []
+    for key in dict.fromkeys(key for keys in known for key in keys):
+        everywhere = all(key in keys for keys in known)
+        if not everywhere or any(keys[key] != known[0][key] for keys in known):
+            found.append(key)
+    return found
 
 
 def written(value: Any) -> str:

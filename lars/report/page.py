@@ -15,17 +15,19 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lars.report.groups import Group, Run, differing, grouped, written
 from lars.run.mllog import TARGET, seconds_to_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without black and without yellow (too faint on white).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", ORANGE, "#56B4E9")
 _DASHES = ("-", "--", ":")  # once the colours are used up
 _HASHES = ("weights_sha256", "samples_hash", "source_sha256", "data_fingerprint")
 
@@ -57,17 +59,17 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
     columns = 1 if stacked or max(map(len, labels), default=0) > 50 else min(3, len(groups))
     lines_of_text = sum(label.count("\n") + 1 for label in labels) / max(1, columns)
     figure = _figure(6.0 if stacked else 13.0, (8.4 if stacked else 3.4) + 0.2 + 0.2 * lines_of_text)
-    axes, handles = figure.subplots(*(3, 1) if stacked else (1, 3)), {}
+    rows, columns_of_panels = (3, 1) if stacked else (1, 3)
+    axes, handles = figure.subplots(rows, columns_of_panels), {}
     for axis, (kind, key, title) in zip(axes, panels):
         _frame(axis, title)
         for number, (group, label) in enumerate(zip(groups, labels)):
-            colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            colour, dash = COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+            marker = "." if kind == "evals" else ""
             for run in group.runs:
                 lines = [x for x in getattr(run, kind) if key in x]
                 epochs, values = [x["epoch"] for x in lines], [x[key] for x in lines]
-                (handles[label],) = axis.plot(
-                    epochs, values, dash, color=colour, marker="." if kind == "evals" else "", linewidth=0.9
-                )
+                (handles[label],) = axis.plot(epochs, values, dash, color=colour, marker=marker, linewidth=0.9)
     losses = [[x["loss"] for x in run.train] for group in groups for run in group.runs if run.train]
     if losses and max(map(max, losses)) > 3 * max(loss[0] for loss in losses):
         axes[0].set_yscale("log")  # a run that diverges would press the others flat
@@ -82,26 +84,34 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
 
 def trust_curves(runs: dict[str, Run]) -> bytes:
     """A PNG of the trust ratio of every layer over epochs, a panel for each of {title: run}, one above the other."""
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap
 
-    shades = ListedColormap(colormaps["viridis"](range(0, 230)))  # its end is too faint on white
     figure = _figure(6.0, 3.0 * len(runs) + 0.6)
     axes = figure.subplots(len(runs), 1, sharey=True, squeeze=False)[:, 0]
     for axis, (title, run) in zip(axes, runs.items()):
         _frame(axis, textwrap.fill(title, 60))
-        axis.set_yscale("log", nonpositive="mask")
-        layers = list(dict.fromkeys(layer for line in run.trust for layer in line["ratios"]))
-        for number, layer in enumerate(layers):
-            lines = [x for x in run.trust if layer in x["ratios"]]
-            colour = shades(number / max(1, len(layers) - 1))
-            axis.plot([x["epoch"] for x in lines], [x["ratios"][layer] for x in lines], color=colour, linewidth=0.9)
-    bar = figure.colorbar(
-        ScalarMappable(cmap=shades), ax=list(axes), location="bottom", ticks=[0, 1], fraction=0.3 / len(runs), aspect=40
-    )
+        trust_lines(axis, run.trust, linewidth=0.9)
+    place = {"ax": list(axes), "location": "bottom", "fraction": 0.3 / len(runs), "aspect": 40}
+    bar = figure.colorbar(ScalarMappable(cmap=_shades()), ticks=[0, 1], **place)
     bar.ax.set_xticklabels(["first layer", "last layer"])
     return _png(figure)
+
+
+def trust_lines(axis: Axes, lines: list[dict[str, Any]], **style: Any) -> None:
+    """Draw the trust ratio of each layer, from a run's lines of that kind: dark the first layer, light the last."""
+    axis.set_yscale("log", nonpositive="mask")
+    shades, layers = _shades(), list(dict.fromkeys(layer for line in lines for layer in line["ratios"]))
+    for number, layer in enumerate(layers):
+        there = [line for line in lines if layer in line["ratios"]]
+        epochs, ratios = [line["epoch"] for line in there], [line["ratios"][layer] for line in there]
+        axis.plot(epochs, ratios, color=shades(number / max(1, len(layers) - 1)), label=layer, **style)
+
+
+def _shades() -> ListedColormap:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](range(0, 230)))  # its end is too faint on white
 
 
 def _figure(width: float, height: float) -> Figure:

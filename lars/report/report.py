@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lars.recipe.refusal import RecipeError
+from lars.recipe.refusal import RecipeError, refuses
 from lars.report.groups import grouped
 from lars.report.page import curves, put, write_page
+from lars.run.progress import stdout
 from lars.run.reading import RECIPES, is_name, read_lines, read_result
 
 _T_995 = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499, 9: 3.355, 10: 3.250}  # Student's t, n - 1 degrees
@@ -88,10 +88,10 @@ def expectation(recipe_name: str) -> Expectation | None:
         latest = math.floor(expected_interval(row["epochs"])[1])
         return Expectation(f"{row['reach']:g} by epoch {latest}", row["source"], row["reach"], epoch=latest)
     if row.get("control"):
-        return Expectation(
-            f"{row['top1'] + CONTROL_TOLERANCE:.4g} or less", row["source"], high=row["top1"] + CONTROL_TOLERANCE
-        )
-    return Expectation(f"{row['top1'] - TOLERANCE:.4g} or more", row["source"], low=row["top1"] - TOLERANCE)
+        high = row["top1"] + CONTROL_TOLERANCE
+        return Expectation(f"{high:.4g} or less", row["source"], high=high)
+    low = row["top1"] - TOLERANCE
+    return Expectation(f"{low:.4g} or more", row["source"], low=low)
 
 
 class Verdict(NamedTuple):
@@ -113,6 +113,11 @@ def judge(run: Path) -> Verdict:
     expected = expectation(name)
     evaluations = read_lines(run / "metrics.jsonl", "eval")
     met = status == "finished" and top1 is not None and (expected is None or expected.met_by(top1, evaluations))
+    verdict = "PASS" if met else "FAIL"
+    if status != "finished":
+        verdict = f"FAIL ({status})"
+    elif expected is None:
+        verdict = ""
     row = {
         "recipe": name,
         "engine": result.get("engine") or "",
@@ -120,13 +125,7 @@ def judge(run: Path) -> Verdict:
         "top-1 %": f"{top1:.2f}" if top1 is not None else "",
         "expected": expected.text if expected else "",
         "seconds": f"{result.get('seconds') or 0:.0f}",
-        "verdict": f"FAIL ({status})"
-        if status != "finished"
-        else ""
-        if expected is None
-        else "PASS"
-        if met
-        else "FAIL",
+        "verdict": verdict,
     }
     return Verdict(row, met, expected.source if expected else "")
 
@@ -142,9 +141,9 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     for verdict in verdicts:
         table.add_row(*(escape(text) for text in verdict.row.values()))
     console.print(table)
-    sources = {v.row["recipe"]: v.source for v in verdicts if v.source}
+    published = {v.row["recipe"]: v.source for v in verdicts if v.source}
     notes = [
-        f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in sources.items()
+        f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in published.items()
     ]
     if not RECIPES.is_dir():
         notes.append(f"nothing is expected of these runs, since there is no {RECIPES}: use the library of a clone")
@@ -165,28 +164,20 @@ def draw(runs: list[Path], picture: Path) -> None:
     put(picture, content)
 
 
+@refuses(RecipeError, OSError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--picture", type=Path, help="where to draw the curves, a .png (default: beside the runs)")
     args = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        if args.picture and args.picture.suffix != ".png":
-            raise RecipeError(f"--picture {args.picture} must end in .png")
-        for run in args.runs:
-            if not any((run / name).exists() for name in ("result.json", "config.yaml", "metrics.jsonl", "lock")):
-                raise RecipeError(f"{run} is no run folder: give as in runs/demo/alexnet/seed-0")
-        mixed = len({run.is_absolute() for run in args.runs}) > 1
-        shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
-        picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
-        if picture.parent.is_symlink() and not args.picture:
-            raise RecipeError(f"{picture.parent} is a link: give a place for the curves with --picture")
-        return 0 if report(args.runs, picture, console) else 1
-    except (RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if args.picture and args.picture.suffix != ".png":
+        raise RecipeError(f"--picture {args.picture} must end in .png")
+    for run in args.runs:
+        if not any((run / name).exists() for name in ("result.json", "config.yaml", "metrics.jsonl", "lock")):
+            raise RecipeError(f"{run} is no run folder: give as in runs/demo/alexnet/seed-0")
+    mixed = len({run.is_absolute() for run in args.runs}) > 1
+    shared = Path(os.path.commonpath([run.absolute() if mixed else run for run in args.runs]))
+    picture = args.picture or (shared / "plots" if len(args.runs) == 1 else shared) / "curves.png"
+    if picture.parent.is_symlink() and not args.picture:
+        raise RecipeError(f"{picture.parent} is a link: give a place for the curves with --picture")
+    return 0 if report(args.runs, picture, stdout()) else 1

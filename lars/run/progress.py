@@ -6,14 +6,16 @@ import os
 import sys
 import time
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lars.optim.base import Optimizer
+if TYPE_CHECKING:  # commands that need no torch print tables, too
+    import torch
+
+    from lars.optim.base import Optimizer
 
 _SECONDS_BETWEEN_LINES = 10
 
@@ -91,6 +93,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def stdout(width: int = 120) -> Console:
+    """What tables are printed on: as wide as the terminal, and `width` where there is none."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
 def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
     """Which rule each tensor follows, found by dimension; before an engine puts its slices in their place."""
     names = {p: name for name, p in model.named_parameters()}
@@ -101,7 +108,7 @@ def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
         table.add_row(
             rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]]
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = stdout()
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")

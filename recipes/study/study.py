@@ -27,6 +27,12 @@ from lars.run.reading import diverged, read_result
 
 HERE = Path(__file__).parent
 RUNS, RESULTS = Path("runs/study"), HERE / "results"
+NETS = {"resnet": "ResNet", "alexnet": "AlexNet"}
+TITLES = {  # in the tables' order
+    "sgd-linear": "SGD, linear scaling",
+    "sgd-sqrt": "SGD, square-root scaling",
+    "lars": "LARS",
+}
 use_ledger = True
 _HELD_BACK, _ROWS_PER_FILE, _ROWS_PER_GROUP = 5_000, 5_000, 100
 _locks: dict[Path, threading.Lock] = {}
@@ -54,17 +60,14 @@ def write_data(source: str, out: Path) -> None:
         "test": loaded[test],
     }
     for name, part in parts.items():
-        part = part.rename_columns({column: new for column, new in zip(part.column_names, ("img", "label"))})
+        part = part.rename_columns(dict(zip(part.column_names, ("img", "label"))))
         part = part.cast_column("img", datasets.Image(decode=False))
         files = math.ceil(len(part) / _ROWS_PER_FILE)
         for number in range(files):
             rows = part.select(range(number * _ROWS_PER_FILE, min(len(part), (number + 1) * _ROWS_PER_FILE)))
             rows = rows.cast_column("img", datasets.Image())  # the files say that they hold images
-            pq.write_table(
-                rows.with_format("arrow")[:],
-                out / f"{name}-{number:05d}-of-{files:05d}.parquet",
-                row_group_size=_ROWS_PER_GROUP,
-            )
+            file = out / f"{name}-{number:05d}-of-{files:05d}.parquet"
+            pq.write_table(rows.with_format("arrow")[:], file, row_group_size=_ROWS_PER_GROUP)
     done.touch()
 
 
@@ -72,7 +75,8 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
     """One run to its end, or the one that is there; its result. A run that diverges is a result, too."""
     run = RUNS / model / label / f"seed-{seed}"
     with _locks.setdefault(run, threading.Lock()):  # two methods may want the same rate
-        for before in map(read_result, (run, *([RESULTS / run.relative_to(RUNS)] if use_ledger else []))):
+        places = [run, RESULTS / run.relative_to(RUNS)] if use_ledger else [run]
+        for before in map(read_result, places):
             if before.get("status") == "finished" or diverged(before):
                 return before
         free = [f"run_dir={run}", f"data.path={RUNS / 'data'}", "data.workers=1", "trackers=[]", "checkpoint.keep=1"]
@@ -84,11 +88,8 @@ def train(model: str, label: str, seed: int, split: str, overrides: list[str]) -
         result = read_result(run)
     if result.get("status") != "finished" and not diverged(result):
         raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")
-    print(
-        f"{run}: top-1 {'diverged' if diverged(result) else format(result['top1'], '.2f')} "
-        f"in {result['seconds']:.0f} s",
-        flush=True,
-    )
+    reached = "diverged" if diverged(result) else f"{result['top1']:.2f}"
+    print(f"{run}: top-1 {reached} in {result['seconds']:.0f} s", flush=True)
     return result
 
 
@@ -122,14 +123,56 @@ def label_of(grid: dict[str, Any], method: str, batch: int, rate: float) -> str:
     return f"{grid['methods'][method]['optimizer']}-b{batch}-lr{rate:g}"
 
 
+class Study:
+    """What the ledger holds of one net, seen through the design."""
+
+    def __init__(self, grid: dict[str, Any], model: str) -> None:
+        self.grid, self.model = grid, model
+        self.batches = sorted(
+            {batch for part in grid["parts"] if part["model"] == model for batch in part.get("batches", [])}
+        )
+
+    def seeds(self, label: str) -> list[Path]:
+        return sorted((RESULTS / self.model / label).glob("seed-*"))
+
+    def tuned(self, method: str, batch: int) -> dict[float, float] | None:
+        """{rate: top-1 on the images held back, -1 if it diverged}, or None while a run is missing."""
+        first = self.grid["base_batch"]
+        base = 0.0 if batch == first else self.rate(method, first)
+        wanted = [] if base is None else rates(self.grid, method, batch, base)
+        found = {}
+        for rate in wanted:
+            runs = self.seeds(f"tuning/{label_of(self.grid, method, batch, rate)}")
+            if not runs:
+                return None
+            found[rate] = score(read_result(runs[0]))
+        return found or None
+
+    def rate(self, method: str, batch: int) -> float | None:
+        """The rate that was chosen."""
+        tuned = self.tuned(method, batch)
+        return max(tuned, key=tuned.get) if tuned else None
+
+    def runs(self, method: str, batch: int, change: str = "") -> list[Path]:
+        """The test runs at the chosen rate, all of them or none."""
+        if (rate := self.rate(method, batch)) is None:
+            return []
+        label = label_of(self.grid, method, batch, rate)
+        runs = self.seeds(f"{label}-{change}" if change else label)
+        return runs if len(runs) == len(self.grid["test_seeds"]) else []
+
+    def top1(self, method: str, batch: int, change: str = "") -> list[float]:
+        """Of the test runs; a run that diverged has guessed, which is 10 %."""
+        results = [read_result(run) for run in self.runs(method, batch, change)]
+        return [10.0 if diverged(result) else result["top1"] for result in results]
+
+
 def tune(grid: dict[str, Any], model: str, method: str, batch: int, base: float) -> float:
     """The best of the rates on the images held back."""
     tried = {}
     for rate in rates(grid, method, batch, base):
-        label = f"tuning/{label_of(grid, method, batch, rate)}"
-        tried[rate] = score(
-            train(model, label, grid["tuning_seed"], "validation", overrides_of(grid, method, batch, rate, base))
-        )
+        label, overrides = label_of(grid, method, batch, rate), overrides_of(grid, method, batch, rate, base)
+        tried[rate] = score(train(model, f"tuning/{label}", grid["tuning_seed"], "validation", overrides))
     return max(tried, key=tried.get)
 
 
@@ -141,14 +184,10 @@ def entry(grid: dict[str, Any], model: str, method: str, batch: int, base: float
 
 
 def ablate(grid: dict[str, Any], model: str, name: str, batch: int, base: float, rate: float) -> None:
+    label = f"{label_of(grid, 'lars', batch, rate)}-{name}"
+    overrides = [*overrides_of(grid, "lars", batch, rate, base), *grid["ablations"][name]]
     for seed in grid["test_seeds"]:
-        train(
-            model,
-            f"{label_of(grid, 'lars', batch, rate)}-{name}",
-            seed,
-            "test",
-            [*overrides_of(grid, "lars", batch, rate, base), *grid["ablations"][name]],
-        )
+        train(model, label, seed, "test", overrides)
 
 
 def study(grid: dict[str, Any], jobs: int) -> None:
@@ -163,9 +202,8 @@ def study(grid: dict[str, Any], jobs: int) -> None:
                 model, first = part["model"], grid["base_batch"]
                 sgd, lars = together((tune, grid, model, method, first, math.nan) for method in ("sgd-linear", "lars"))
                 base = {"sgd-linear": sgd, "sgd-sqrt": sgd, "lars": lars}
-                wanted = [
-                    (m, b) for m in grid["methods"] for b in part.get("batches", []) if b != first or m != "sgd-sqrt"
-                ]  # one SGD there
+                wanted = [(method, batch) for method in grid["methods"] for batch in part.get("batches", [])]
+                wanted = [pair for pair in wanted if pair != ("sgd-sqrt", first)]  # the rules meet there: one SGD
                 together((entry, grid, model, method, batch, base[method]) for method, batch in wanted)
                 if batch := part.get("ablate"):
                     rate = tune(grid, model, "lars", batch, lars)
@@ -177,11 +215,8 @@ def study(grid: dict[str, Any], jobs: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        default="uoft-cs/cifar10",
-        help="CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns",
-    )
+    places = "CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns"
+    parser.add_argument("--data", default="uoft-cs/cifar10", help=places)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--fresh", action="store_true", help="train again what the ledger has")
     args = parser.parse_args()

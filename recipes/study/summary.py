@@ -19,8 +19,8 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from figure import NETS, TITLES, draw  # noqa: E402
-from study import RESULTS, RUNS, label_of, rates, score  # noqa: E402
+from figure import draw  # noqa: E402
+from study import NETS, RESULTS, RUNS, TITLES, Study  # noqa: E402
 
 from lars.commands.ledger import entries, keep  # noqa: E402
 from lars.commands.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
@@ -29,48 +29,12 @@ from lars.run.reading import diverged, read_result  # noqa: E402
 README = HERE / "README.md"
 
 
-class Study:
-    """What the ledger holds of one net, seen through the design."""
-
-    def __init__(self, grid: dict[str, Any], model: str) -> None:
-        self.grid, self.model = grid, model
-        self.batches = sorted(
-            {batch for part in grid["parts"] if part["model"] == model for batch in part.get("batches", [])}
-        )
-
-    def seeds(self, label: str) -> list[Path]:
-        return sorted((RESULTS / self.model / label).glob("seed-*"))
-
-    def tuned(self, method: str, batch: int) -> dict[float, float] | None:
-        """{rate: top-1 on the images held back, -1 if it diverged}, or None while a run is missing."""
-        if batch == self.grid["base_batch"]:
-            wanted = rates(self.grid, method, batch, 0.0)
-        else:
-            base = self.rate(method, self.grid["base_batch"])
-            wanted = rates(self.grid, method, batch, base) if base else []
-        found = {}
-        for rate in wanted:
-            runs = self.seeds(f"tuning/{label_of(self.grid, method, batch, rate)}")
-            if not runs:
-                return None
-            found[rate] = score(read_result(runs[0]))
-        return found or None
-
-    def rate(self, method: str, batch: int) -> float | None:
-        """The rate that was chosen."""
-        tuned = self.tuned(method, batch)
-        return max(tuned, key=tuned.get) if tuned else None
-
-    def runs(self, method: str, batch: int, change: str = "") -> list[Path]:
-        """The test runs at the chosen rate, all of them or none."""
-        rate = self.rate(method, batch)
-        runs = self.seeds(label_of(self.grid, method, batch, rate) + (f"-{change}" if change else "")) if rate else []
-        return runs if len(runs) == len(self.grid["test_seeds"]) else []
-
-    def top1(self, method: str, batch: int, change: str = "") -> list[float]:
-        """Of the test runs; a run that diverged has guessed, which is 10 %."""
-        results = [read_result(run) for run in self.runs(method, batch, change)]
-        return [10.0 if diverged(result) else result["top1"] for result in results]
+def gap(ours: list[float], theirs: list[float]) -> str:
+    """Mean top-1 less that of others, and Welch's p; nothing where one of them was not run."""
+    if not ours or not theirs:
+        return ""
+    p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue
+    return f"{statistics.mean(ours) - statistics.mean(theirs):+.2f} (p = {p:.2g})"
 
 
 def accuracy_table(study: Study) -> str:
@@ -78,17 +42,12 @@ def accuracy_table(study: Study) -> str:
     rows = []
     for batch in study.batches:
         found = {method: study.top1(method, batch) for method in TITLES}
-        sgd = [found[m] for m in ("sgd-linear", "sgd-sqrt") if found[m]]
+        sgd = [found[method] for method in ("sgd-linear", "sgd-sqrt") if found[method]]
         cells = [f"{batch:,}"]
         for method, top1 in found.items():
             rate = study.rate(method, batch)
             cells.append(f"{mean_and_spread(top1, 2)} ({rate:g})" if top1 else "")
-        gap = ""
-        if found["lars"] and sgd:
-            best = max(sgd, key=statistics.mean)
-            p = stats.ttest_ind(found["lars"], best, equal_var=False).pvalue
-            gap = f"{statistics.mean(found['lars']) - statistics.mean(best):+.2f} (p = {p:.2g})"
-        rows.append([*cells, gap])
+        rows.append([*cells, gap(found["lars"], max(sgd, key=statistics.mean, default=[]))])
     head = ["batch", *(f"{title}: top-1 % (rate)" for title in TITLES.values()), "LARS less the better SGD"]
     return markdown(head, rows)
 
@@ -101,8 +60,11 @@ def tuning_table(study: Study) -> str:
         for method in TITLES:
             tuned = study.tuned(method, batch) or {}
             best = max(tuned, key=tuned.get, default=None)
-            said = {r: "diverged" if top1 < 0 else f"{top1:.2f}" for r, top1 in tuned.items()}
-            cells.append(", ".join(f"**{r:g}: {text}**" if r == best else f"{r:g}: {text}" for r, text in said.items()))
+            said = []
+            for rate, top1 in tuned.items():
+                text = f"{rate:g}: diverged" if top1 < 0 else f"{rate:g}: {top1:.2f}"
+                said.append(f"**{text}**" if rate == best else text)
+            cells.append(", ".join(said))
         rows.append(cells)
     return markdown(["batch", *TITLES.values()], rows)
 
@@ -113,11 +75,7 @@ def ablation_table(study: Study, batch: int) -> str:
     rows = [["LARS as it is", "", mean_and_spread(usual, 2), ""]]
     for name, overrides in study.grid["ablations"].items():
         top1 = study.top1("lars", batch, name)
-        gap = ""
-        if top1 and usual:
-            p = stats.ttest_ind(top1, usual, equal_var=False).pvalue
-            gap = f"{statistics.mean(top1) - statistics.mean(usual):+.2f} (p = {p:.2g})"
-        rows.append([name, f"`{' '.join(overrides)}`", mean_and_spread(top1, 2), gap])
+        rows.append([name, f"`{' '.join(overrides)}`", mean_and_spread(top1, 2), gap(top1, usual)])
     return markdown(["change", "override", "top-1 %", "against LARS as it is"], rows)
 
 

@@ -13,14 +13,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 from timm import create_model
 
 from lars.plan.cluster import load_cluster
-from lars.plan.cost import RESNET50, Counts, Work, count, scaled, step_of
+from lars.plan.cost import RESNET50, Counts, Work, count, step_of
 from lars.plan.plan import Plan, make_plan
 from lars.plan.render import duration
 from lars.recipe import config
@@ -216,9 +216,12 @@ def predicted(row: Row, changes: tuple[str, ...] = ()) -> float:
     tuned = [TUNED, "device.images_per_second=null"] if row.group == TUNED_GPU else []
     eager = ["device.images_per_second=null"] if row.group == EAGER_GPU else []
     cluster = load_cluster(ROOT / f"launch/clusters/{row.cluster}.yaml", [*tuned, *eager, *row.changes, *changes])
-    counts = scaled(counts_of(row.model), row.size, 224 if row.model == "resnet50" else 227)
-    work = Work(counts, 1_281_167, 0, row.epochs, row.batch, row.micro, "bf16", row.wire, True, False, 0.0)
-    return row.epochs * work.samples / row.batch * step_of(work, cluster).seconds
+    counts = counts_of(row.model)
+    # the same convolutions on images of another size: flops and kept bytes follow the pixels
+    pixels = (row.size / (224 if row.model == "resnet50" else 227)) ** 2
+    counts = replace(counts, flops=counts.flops * pixels, kept_bytes=counts.kept_bytes * pixels)
+    work = Work(counts, 0, row.batch, row.micro, "bf16", False, row.wire, 0.0)
+    return row.epochs * 1_281_167 / row.batch * step_of(work, cluster).seconds
 
 
 # Median of the five seeds committed with 5224b4e, on an otherwise idle machine; the seeds committed now shared theirs.

@@ -218,7 +218,7 @@ def test_a_header_says_command_hardware_sources_and_what_was_published(name: str
     ):
         assert part in header
     assert f"batch {r.global_batch:,}" in header and max(map(len, header.splitlines())) <= 140
-    many = re.search(r"divides ([\d,]+)", header)
+    many = re.search(r"up to ([\d,]+) GPUs", header)
     if many:
         assert int(many[1].replace(",", "")) == passes_at_default(r)
     else:
