@@ -12,7 +12,7 @@ from data.test_images import encoded
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from lars.data.augment import check_policy, draws_of, training_image
+from lars.data.augment import Draw, check_policy, draws_of, training_image
 from lars.data.mix import _beta, mix
 from lars.exact.keyed import uniform
 from lars.recipe import config
@@ -80,7 +80,8 @@ def test_randaugment_is_timms_and_only_its_key_decides() -> None:
     draws = draws_of(0, np.zeros(20, np.int64), np.arange(20))
     theirs = rand_augment_transform(policy, {"translate_const": int(48 * 0.45), "img_mean": (124, 116, 104)})
     for before, after, row in zip(plain, augmented, draws):
-        random.seed(int(row[-2] * 2**53)), np.random.seed(int(row[-2] * 2**32))
+        drawn = row[Draw.RANDAUGMENT]
+        random.seed(int(drawn * 2**53)), np.random.seed(int(drawn * 2**32))
         assert np.array_equal(np.asarray(theirs(Image.fromarray(before))), after)
 
 
