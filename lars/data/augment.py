@@ -25,7 +25,6 @@ class Draw(IntEnum):
     CROP = 0  # four for each of 10 tries, as many as it takes; the flip takes the next one
     RANDAUGMENT = 41
     ERASE = 42
-    GREY = 43
 
 
 _TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to the centre
@@ -67,8 +66,6 @@ def training_image(data: bytes | memoryview | None, augment: Augment, size: int,
             raise RecipeError(
                 f"augment.randaugment={augment.randaugment} failed: {type(error).__name__}: {one_line(error)}"
             ) from None
-    if draws[Draw.GREY] < augment.grey:
-        pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if draws[Draw.ERASE] < augment.erase:
         pixels = _erase(pixels, augment, random.Random(int(draws[Draw.ERASE] * 2**53)))
     return pixels

@@ -79,7 +79,6 @@ class Augment:
     flip: float = key("probability of a horizontal flip", limit=PROBABILITY)
     randaugment: str | None = key("timm's policy, as in rand-m9-mstd0.5-inc1", None)
     erase: float = key("probability of random erasing", 0.0, limit=PROBABILITY)
-    grey: float = key("probability of a picture without colours", 0.0, limit=PROBABILITY)
     mixup: float = key("alpha of mixup inside each batch-norm group", 0.0, limit=NOT_NEGATIVE)
     cutmix: float = key("alpha of cutmix; with mixup each group draws one of them", 0.0, limit=NOT_NEGATIVE)
     eval_resize: int = key(
