@@ -44,12 +44,11 @@ class BatchPlan:
             remedy = f"the largest that {works} is {largest}" if largest else f"none {works}"
             raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}: {remedy}")
         if group and batch % group:
-            raise RecipeError(
-                f"bn_group={group} does not divide global_batch={batch}: {_nearest(group, _divisors(batch))}"
-            )
+            remedy = _nearest(group, _divisors(batch))
+            raise RecipeError(f"bn_group={group} does not divide global_batch={batch}: {remedy}")
         micro = recipe.runtime.micro_batch or group or math.gcd(batch, 64)
+        allowed = [d for d in _divisors(batch) if d % (group or 1) == 0]
         if batch % micro or micro % (group or 1):
-            allowed = [d for d in _divisors(batch) if d % (group or 1) == 0]
             multiple = f" and is no multiple of bn_group={group}" if micro % (group or 1) else ""
             raise RecipeError(
                 f"runtime.micro_batch={micro} does not divide global_batch={batch}{multiple}: "
@@ -62,12 +61,10 @@ class BatchPlan:
             )
         passes = batch // micro
         if passes % processes:
-            admits = [d for d in _divisors(batch) if d % (group or 1) == 0 and (batch // d) % processes == 0]
-            remedy = (
-                f", or runtime.micro_batch={max((d for d in admits if d <= micro), default=admits[0])}"
-                if admits
-                else ""
-            )
+            admits = [d for d in allowed if batch // d % processes == 0]
+            remedy = ""
+            if admits:
+                remedy = f", or runtime.micro_batch={max((d for d in admits if d <= micro), default=admits[0])}"
             raise RecipeError(
                 f"{processes} processes do not divide the {passes} passes of a step (global_batch={batch} / "
                 f"micro_batch={micro}): use {_nearest(processes, _divisors(passes)).removeprefix('use ')} processes"
@@ -113,9 +110,9 @@ class BatchPlan:
 
     def start_up_line(self) -> str:
         """Every batch number, with its full name, in one line."""
-        groups = (
-            f"{self.micro_batch // self.bn_group} of bn_group {self.bn_group}" if self.bn_group else "no batch norm"
-        )
+        groups = "no batch norm"
+        if self.bn_group:
+            groups = f"{self.micro_batch // self.bn_group} of bn_group {self.bn_group}"
         return (
             f"global_batch {self.global_batch} = {self.processes} processes x {self.passes_per_process} passes x "
             f"micro_batch {self.micro_batch} ({groups}) | "
