@@ -103,6 +103,15 @@ def test_each_broken_rule_is_named() -> None:
     assert len(broken_rules(config.load(row, []), 1_281_167, 49_999)) == 1
 
 
+@pytest.mark.parametrize(("optimizer", "clauses"), [("sgd", 0), ("sgd_nesterov", 1)])
+def test_the_clauses_of_lars_are_not_asked_of_another_optimizer(optimizer: str, clauses: int) -> None:
+    row = ROOT / "recipes" / "resnet50" / "sgd-b8k-90ep.yaml"
+    recipe = config.load(row, [f"optimizer.name={optimizer}", *CLOSED, "augment.label_smoothing=0.1"])
+    assert [c for c in broken_rules(recipe, 1_281_167, 50_000) if "optimizer" in c or "LARS" in c] == [
+        "the optimizer is sgd or lars, not sgd_nesterov"
+    ] * clauses
+
+
 def test_time_to_target_is_that_of_the_log(tmp_path: Path) -> None:
     stamped = {e["key"]: e["time_ms"] for e in events(COMMITTED / "mllog.txt")}
     assert seconds_to_target(COMMITTED) == (stamped["run_stop"] - stamped["run_start"]) / 1000 > 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lars.recipe import strict_yaml
-from lars.recipe.refusal import RecipeError, did_you_mean, one_line, unknown_key
+from lars.recipe.config import flatten
+from lars.recipe.refusal import RecipeError
 
 USABLE = 0.85  # of a device's memory, assumed: libraries, workspaces and fragments take the rest
 
@@ -69,34 +68,21 @@ def load_cluster(path: Path, changes: list[str] | None = None) -> Cluster:
     Raises:
         RecipeError: no such file, an unknown or missing key, a wrong type, a number that is not positive.
     """
-    if not path.is_file():
-        raise RecipeError(
-            f"no cluster at {path}{did_you_mean(str(path), [str(p) for p in path.parent.glob('*.yaml')])}"
-        )
     config = OmegaConf.structured(Cluster)
-    written, lines = strict_yaml.read(path, "a cluster")
+    written, lines = strict_yaml.read(path, "cluster", path.parent.glob("*.yaml"))
     if not written.keys() & config.keys():
         raise RecipeError(
             f"{path} describes no cluster: give a file of launch/clusters/, or one of your own like those"
         )
-    try:
+    with strict_yaml.explained(str(path), lines, list(flatten(Cluster())), "device.peak"):
         config.merge_with(written, OmegaConf.from_dotlist(changes or []))
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise RecipeError(f"{path} lacks {', '.join(missing)}")
-        cluster = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key, known = str(getattr(error, "full_key", None) or ""), list(_flat(Cluster()))
-        place = strict_yaml.where(str(path), key, lines)
-        if key and key not in known and not key.startswith("device.peak"):
-            raise RecipeError(f"{place}: {unknown_key(key, known)}") from None
-        raise RecipeError(f"{place}: {key or 'value'}: {one_line(error)}") from None
+        cluster = strict_yaml.complete(config, path)
     _check(cluster, path)
     return cluster
 
 
 def _check(cluster: Cluster, path: Path) -> None:
-    numbers = {**_flat(cluster), **{f"device.peak.{k}": v for k, v in cluster.device.peak.items()}}
+    numbers = {**flatten(cluster), **{f"device.peak.{k}": v for k, v in cluster.device.peak.items()}}
     for key, value in numbers.items():
         may_be_zero = key.endswith(("decodes", "seconds")) or "seconds_per" in key
         if isinstance(value, (int, float)) and not (value > 0 or value == 0 and may_be_zero):
@@ -105,12 +91,3 @@ def _check(cluster: Cluster, path: Path) -> None:
         raise RecipeError(f"{path}: device.peak needs fp32: a precision that is not listed runs as fp32")
     if cluster.devices > cluster.node.devices and cluster.devices % cluster.node.devices:
         raise RecipeError(f"{path}: devices={cluster.devices} do not fill nodes of node.devices={cluster.node.devices}")
-
-
-def _flat(cluster: Cluster) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in OmegaConf.to_container(OmegaConf.structured(cluster)).items():
-        flat[key] = value
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
-    return flat

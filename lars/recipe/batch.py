@@ -48,12 +48,11 @@ class BatchPlan:
             remedy = f"the largest that {works} is {largest}" if largest else f"none {works}"
             raise RecipeError(f"the training split has {samples} samples, fewer than global_batch={batch}: {remedy}")
         if group and batch % group:
-            raise RecipeError(
-                f"bn_group={group} does not divide global_batch={batch}: {_nearest(group, _divisors(batch))}"
-            )
+            remedy = _nearest(group, _divisors(batch))
+            raise RecipeError(f"bn_group={group} does not divide global_batch={batch}: {remedy}")
         micro = recipe.runtime.micro_batch or group or math.gcd(batch, 64)
+        allowed = [d for d in _divisors(batch) if d % (group or 1) == 0]
         if batch % micro or micro % (group or 1):
-            allowed = [d for d in _divisors(batch) if d % (group or 1) == 0]
             multiple = f" and is no multiple of bn_group={group}" if micro % (group or 1) else ""
             raise RecipeError(
                 f"runtime.micro_batch={micro} does not divide global_batch={batch}{multiple}: "
@@ -66,9 +65,10 @@ class BatchPlan:
             )
         passes = batch // micro
         if not _can_share(passes, processes, even):
-            admits = [m for m in _divisors(batch) if m % (group or 1) == 0 and _can_share(batch // m, processes, even)]
-            smaller = max((m for m in admits if m <= micro), default=min(admits, default=None))
-            remedy = f", or runtime.micro_batch={smaller}" if smaller else ""
+            admits = [m for m in allowed if _can_share(batch // m, processes, even)]
+            remedy = ""
+            if admits:
+                remedy = f", or runtime.micro_batch={max((m for m in admits if m <= micro), default=admits[0])}"
             counts = _divisors(passes) if even else [passes]
             raise RecipeError(
                 f"{processes} processes {'do not divide' if even else 'are more than'} the {passes} passes of a step "
@@ -115,13 +115,12 @@ class BatchPlan:
 
     def start_up_line(self) -> str:
         """Every batch number, with its full name, in one line."""
-        groups = (
-            f"{self.micro_batch // self.bn_group} of bn_group {self.bn_group}" if self.bn_group else "no batch norm"
-        )
+        groups = "no batch norm"
+        if self.bn_group:
+            groups = f"{self.micro_batch // self.bn_group} of bn_group {self.bn_group}"
         fewest, most = self.passes // self.processes, self.passes_per_process
-        if fewest == most:
-            shared = f"{self.processes} processes x {most} passes"
-        else:
+        shared = f"{self.processes} processes x {most} passes"
+        if fewest < most:
             shared = f"{self.passes} passes (on {self.processes} processes, {fewest} or {most} each)"
         return (
             f"global_batch {self.global_batch} = {shared} x micro_batch {self.micro_batch} ({groups}) | "

@@ -30,7 +30,7 @@ def pin(arguments: list[str]) -> None:
     if "torch" in sys.modules or not known.config:
         return
     try:
-        written, _ = strict_yaml.read(Path(known.config), "a recipe")
+        written, _ = strict_yaml.read(Path(known.config), "recipe")
         keys = OmegaConf.from_dotlist([item for item in rest if "=" in item and not item.startswith("-")])
         portable_wanted = OmegaConf.select(OmegaConf.merge(written, keys), "runtime.portable")
     except Exception:  # whatever a bad recipe makes of it: whoever runs it says what is wrong

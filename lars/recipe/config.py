@@ -13,12 +13,11 @@ from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lars.optim.registry import Entry, optimizers
 from lars.recipe import limits, pretrained, strict_yaml
 from lars.recipe.keys import RENAMED, VARIABLE, Recipe, all_declared, fixing
-from lars.recipe.refusal import RecipeError, did_you_mean, hide, one_line, unknown_key
+from lars.recipe.refusal import RecipeError, did_you_mean, hide, one_line
 
 _OTHER_KEY = re.compile(r"\$\{[\w.]+\}")
 
@@ -30,35 +29,25 @@ def load(path: str | Path, overrides: list[str]) -> Recipe:
         RecipeError: one line with the remedy.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(
-            f"no recipe at {path}{did_you_mean(str(path), [str(p) for p in Path().glob('recipes/*/*.yaml')])}"
-        )
-    written, lines = strict_yaml.read(path, "a recipe")
+    written, lines = strict_yaml.read(path, "recipe", Path().glob("recipes/*/*.yaml"))
     parts = [(str(path), written, lines)] + [(item, _override(item), {}) for item in overrides]
-    config = OmegaConf.structured(Recipe)
+    config, known = OmegaConf.structured(Recipe), list(all_declared())
     if entry := _optimizer([part for _, part, _ in parts]):
         config.optimizer = entry.keys
     for source, part, places in parts:
         _check_references(_container(part), source, places)
         if part is written and _written_path(part).startswith("."):
             part.data.path = str((path.parent / _written_path(part)).resolve())
-        try:
+        with strict_yaml.explained(source, places, known, "model.kwargs"):
             config.merge_with(part)
             if source.startswith("model.kwargs="):  # an override sets, it does not add
                 config.model.kwargs = part.model.kwargs
-        except OmegaConfBaseException as error:
-            raise RecipeError(_explain(error, source, places)) from None
     if "${oc.env:" in (place := _written_path(config)):
         config.data.path = place.replace("${", "$ {")  # no key may resolve it, not even by way of ${data.path}
-    try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise RecipeError(f"{path} lacks {', '.join(missing)}: a recipe gives every key that has no neutral value")
-        recipe = cast(Recipe, OmegaConf.to_object(config))
+    with strict_yaml.explained(str(path), {} if overrides else lines, known, "model.kwargs"):
+        remedy = ": a recipe gives every key that has no neutral value"
+        recipe = cast(Recipe, strict_yaml.complete(config, path, remedy))
         flat = flatten(recipe)
-    except (OmegaConfBaseException, RecursionError) as error:  # a ${...} that leads nowhere, a list in a list
-        raise RecipeError(_explain(error, str(path), {} if overrides else lines)) from None
     if "${oc.env:" in place:
         recipe.data.path = place
         for name, _ in VARIABLE.findall(place):
@@ -73,42 +62,38 @@ def _optimizer(parts: list[DictConfig]) -> Entry | None:
     """The optimizer that is named last; old names of keys, and keys of other optimizers, are put right in `parts`.
 
     A key of another optimizer is left out where it is null, as recipes for sgd used to have it, or where a later part
-    names this optimizer instead of the file's own.
-
-    Raises:
-        RecipeError: nobody has registered it.
+    names this optimizer instead of the file's own. One that nobody has registered is a RecipeError.
     """
-    known, named = optimizers(), []
+    known, given = optimizers(), []
     for part in parts:
         written = _container(part)
         for old in RENAMED.keys() & written.keys():
             del part[old]
             part[RENAMED[old]] = written[old]
-        keys = written.get("optimizer")
-        named.append(keys.get("name") if isinstance(keys, dict) else None)
-    name = next((name for name in reversed(named) if name is not None), None)
-    if name is None:
-        if any(isinstance(_container(part).get("optimizer"), dict) for part in parts):
+        if isinstance(keys := written.get("optimizer"), dict):
+            given.append((part, keys))
+    names = [keys["name"] for _, keys in given if keys.get("name") is not None]
+    if not names:
+        if given:
             raise RecipeError(f"the recipe lacks optimizer.name: use {' or '.join(known)}")
         return None
+    name = names[-1]
     if str(name) not in known:
         remedy = f"use {' or '.join(known)}{did_you_mean(str(name), list(known))}"
         raise RecipeError(f"optimizer.name={name} is unknown: {remedy}")
     entry = known[str(name)]
     own = {one.name for one in fields(entry.keys)}
     others = {one.name for other in known.values() for one in fields(other.keys)} - own
-    for part, here in zip(parts, named):
-        keys = _container(part).get("optimizer")
-        keys = keys if isinstance(keys, dict) else {}
+    for part, keys in given:
         for key in sorted(others & keys.keys()):
-            if keys[key] is None or here not in (None, name):
+            if keys[key] is None or keys.get("name") not in (None, name):
                 del part.optimizer[key]
     return entry
 
 
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """{"model.name": ..., "global_batch": ...}; lists and `model.kwargs` are values, not further levels."""
-    return one_level(_container(OmegaConf.structured(recipe)))
+def flatten(typed: Any) -> dict[str, Any]:
+    """{"model.name": ..., "global_batch": ...} of a recipe; lists and `model.kwargs` are values, not further levels."""
+    return one_level(_container(OmegaConf.structured(typed)))
 
 
 def one_level(nested: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +156,3 @@ def _check_references(value: Any, source: str, lines: dict[str, int], key: str =
             f"{place}{key}={value}: an environment variable, ${{oc.env:NAME}}, may stand in data.path alone, elsewhere "
             "only another key of the recipe, as in ${model.image_size}"
         )
-
-
-def _explain(error: Exception, source: str, lines: dict[str, int]) -> str:
-    key = str(getattr(error, "full_key", None) or "").partition("[")[0]
-    known, place = list(all_declared()), strict_yaml.where(source, key, lines)
-    known += dict.fromkeys(name.split(".")[0] for name in known if "." in name)
-    if key and key not in known and not key.startswith("model.kwargs"):
-        return f"{place}: {unknown_key(key, known)}"
-    if "Incompatible value 'None'" in str(error):
-        return f"{place}: {key} may not be null"
-    return f"{place}: {key or 'value'}: {one_line(error)}"

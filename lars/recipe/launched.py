@@ -76,10 +76,8 @@ class Launched:
             _check_deepspeed(config, recipe)
             launched = cls(f"zero{config['zero_optimization']['stage']}", processes, config)
         elif environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            if (
-                environment.get("FSDP_VERSION") != "2"
-                or environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
-            ):
+            offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+            if environment.get("FSDP_VERSION") != "2" or offload:
                 raise RecipeError("FSDP works as version 2 without offload: fsdp_version: 2, as in launch/fsdp2.yaml")
             launched = cls("fsdp2", processes)
         else:
@@ -158,9 +156,8 @@ def environment_of(launch_file: Path) -> dict[str, str]:
     kind = written.get("distributed_type")
     found = {"ACCELERATE_USE_DEEPSPEED": str(kind == "DEEPSPEED"), "ACCELERATE_USE_FSDP": str(kind == "FSDP")}
     if kind == "DEEPSPEED":
-        found["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(
-            written.get("deepspeed_config", {}).get("deepspeed_config_file", "")
-        )
+        section = written.get("deepspeed_config", {})
+        found["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(section.get("deepspeed_config_file", ""))
     if kind == "FSDP":
         found["FSDP_VERSION"] = str(written.get("fsdp_config", {}).get("fsdp_version", 1))
     return found
@@ -214,8 +211,6 @@ def _check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
 
 def _is_off(value: Any) -> bool:
     """A section that is there only to say that it is not used."""
-    return (
-        value in (None, False)
-        or isinstance(value, dict)
-        and (value.get("enabled") is False or value.get("device") == "none")
-    )
+    if isinstance(value, dict):
+        return value.get("enabled") is False or value.get("device") == "none"
+    return value in (None, False)

@@ -21,7 +21,7 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
     Raises:
         RecipeError: names the key and what it may be.
     """
-    plain = PurePosixPath(recipe.name)
+    augment, plain = recipe.augment, PurePosixPath(recipe.name)
     odd = not recipe.name.isprintable() or str(plain) != recipe.name
     if odd or plain.is_absolute() or {"..", "."} & {*plain.parts, recipe.name}:
         raise RecipeError(
@@ -33,9 +33,8 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
     for key, one in known.items():
         allowed = one.metadata["choices"]
         if allowed and flat[key] not in allowed:
-            raise RecipeError(
-                f"{key}={flat[key]} is unknown: use {' or '.join(allowed)}{did_you_mean(flat[key], allowed)}"
-            )
+            remedy = f"use {' or '.join(allowed)}{did_you_mean(flat[key], allowed)}"
+            raise RecipeError(f"{key}={flat[key]} is unknown: {remedy}")
     for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -47,27 +46,24 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         value = flat[f"augment.{key}"]
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise RecipeError(f"augment.{key}={value} must be two positive numbers, smaller first")
-    if recipe.augment.scale[1] > 1:
-        raise RecipeError(f"augment.scale={recipe.augment.scale}: a crop has at most the area of its image, 1.0")
-    if len(recipe.augment.mean) != 3 or len(recipe.augment.std) != 3 or min(recipe.augment.std) <= 0:
+    if augment.scale[1] > 1:
+        raise RecipeError(f"augment.scale={augment.scale}: a crop has at most the area of its image, 1.0")
+    if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
         raise RecipeError(
             "augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive"
         )
     remedy = "pixels of 0 ... 255: multiply values of 0 ... 1 by 255"
-    if not 0 <= min(recipe.augment.mean) <= max(recipe.augment.mean) <= 255 or 0 < max(recipe.augment.mean) <= 1:
-        raise RecipeError(f"augment.mean={recipe.augment.mean} is subtracted from {remedy}")
-    if max(recipe.augment.std) < 1:
-        raise RecipeError(f"augment.std={recipe.augment.std} divides {remedy}")
-    if recipe.augment.eval_resize < recipe.model.image_size:
-        raise RecipeError(
-            f"augment.eval_resize={recipe.augment.eval_resize} is smaller than "
-            f"model.image_size={recipe.model.image_size}"
-        )
+    if not 0 <= min(augment.mean) <= max(augment.mean) <= 255 or 0 < max(augment.mean) <= 1:
+        raise RecipeError(f"augment.mean={augment.mean} is subtracted from {remedy}")
+    if max(augment.std) < 1:
+        raise RecipeError(f"augment.std={augment.std} divides {remedy}")
+    if augment.eval_resize < recipe.model.image_size:
+        size = f"model.image_size={recipe.model.image_size}"
+        raise RecipeError(f"augment.eval_resize={augment.eval_resize} is smaller than {size}")
     if recipe.data.retry_seconds >= recipe.runtime.hang_seconds:
         raise RecipeError(
             f"data.retry_seconds={recipe.data.retry_seconds:g} must be below "
-            f"runtime.hang_seconds={recipe.runtime.hang_seconds:g}, "
-            "or the run would be ended as hanging first"
+            f"runtime.hang_seconds={recipe.runtime.hang_seconds:g}, or the run would be ended as hanging first"
         )
     if recipe.runtime.portable and recipe.runtime.compile:
         raise RecipeError(

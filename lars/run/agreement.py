@@ -47,11 +47,9 @@ def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[I
     """
 
     def here() -> tuple[Index, ...]:
-        found = (
-            indexes
-            if peers.rank == 0
-            else tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes)
-        )
+        found = indexes
+        if peers.rank != 0:
+            found = tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes)
         for index in found:
             check_memory(index)
         return found
@@ -79,9 +77,8 @@ def same_content(peers: Peers, indexes: tuple[Index, Index], before: Sequence[st
         high, low = most[0], ~most[1]
         read = high[:, 0] != nothing
         for group in np.flatnonzero(read & (high != low).any(1))[:1]:
-            first, *others = [
-                (rank, value) for rank, value in enumerate(peers.gather(mine[group].tolist())) if value[0]
-            ]
+            everybody = enumerate(peers.gather(mine[group].tolist()))
+            first, *others = [(rank, value) for rank, value in everybody if value[0]]
             other = next(rank for rank, value in others if value != first[1])
             raise DataError(
                 f"{index.place(group)} has other bytes for {peers.name(other)} than for {peers.name(first[0])}: all "
@@ -119,10 +116,8 @@ def strength(peers: Peers, engine: Engine, recipe: Recipe, resumed: State | None
         before = {"the promise": then.get("reproducibility"), **then.get("environment", everybody[0])}
         for key, value in {"the promise": now, **everybody[0]}.items():
             if key != "python" and before.get(key) != value:
-                now, why = (
-                    "numeric",
-                    f"its steps so far were made with {key} {short(before.get(key))}, not {short(value)}",
-                )
+                now = "numeric"
+                why = f"its steps so far were made with {key} {short(before.get(key))}, not {short(value)}"
                 break
     made = {"world_size": peers.processes, "engine": engine.name, "reproducibility": now}
     return {**made, "environment": everybody[0], "other_environments": others}, why
@@ -140,12 +135,11 @@ def _strength_from_here(
     for other in others:
         for key in sorted(other.keys() - {"rank", "python", *of_the_cpu}):
             if other[key] != ours.get(key):
-                return (
-                    "numeric",
-                    f"{peers.name(other['rank'])} has {key} {short(other[key])}, not {short(ours.get(key))}",
-                )
+                why = f"{peers.name(other['rank'])} has {key} {short(other[key])}, not {short(ours.get(key))}"
+                return "numeric", why
     if of_the_cpu:
         return "portable", ""
-    return promised, next(
-        (f"not portable on {peers.name(rank)}: {why}" for rank, why in enumerate(hindered) if why), ""
-    )
+    for rank, why in enumerate(hindered):
+        if why:
+            return promised, f"not portable on {peers.name(rank)}: {why}"
+    return promised, ""

@@ -99,11 +99,7 @@ def damage(checkpoint: Path) -> str:
 
 
 def _state(checkpoint: Path) -> State:
-    """What `state.json` says.
-
-    Raises:
-        ValueError: it is not what a run writes.
-    """
+    """What `state.json` says; ValueError if it is not what a run writes."""
     try:
         state = State(**json.loads(read_bytes(checkpoint / "state.json") or b""))
         wrong = [name for name, kind in get_type_hints(State).items() if not _is(getattr(state, name), kind)]

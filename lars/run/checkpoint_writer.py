@@ -67,9 +67,8 @@ class CheckpointWriter:
     def _write(self, state: State, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
         self.error = None
         target = self.folder / name_of(state.step)
-        temporary = (
-            self.folder / f".{target.name}-{uuid.uuid4().hex}"
-        )  # of its own: who takes the folder over may be at this step too
+        # A name of its own: whoever takes the folder over may be at this step too.
+        temporary = self.folder / f".{target.name}-{uuid.uuid4().hex}"
         try:
             self.may_write()
             for left_behind in self.folder.glob(".step-*"):
@@ -121,11 +120,7 @@ class CheckpointWriter:
         log.warning("%s is damaged: it is kept as %s", damaged, place.name)
 
     def _read_back(self, target: Path, *written: dict[str, Tensor]) -> None:
-        """What a resume would find must be what memory holds.
-
-        Raises:
-            OSError: it is not; the checkpoint is put aside.
-        """
+        """What a resume would find must be what memory holds, else the checkpoint is put aside and OSError raised."""
         why = damage(target)
         for name, tensors in zip(FILES, written) if not why else ():
             found = load_file(target / name)

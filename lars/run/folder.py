@@ -132,12 +132,12 @@ class RunFolder:
                     if all([self._keep(self._write_lines), self._write_result()]):
                         break
                 else:
-                    if status != "failed":
-                        raise NotWritten(
-                            f"{self.path} takes no more ({self.trouble}): make room and start the same command again"
-                        )
-        except (LockLost, NotWritten) as error:  # without the lock, what stands there is another process's
-            if isinstance(error, NotWritten) and status != "failed":
+                    remedy = "make room and start the same command again"
+                    raise NotWritten(f"{self.path} takes no more ({self.trouble}): {remedy}")
+        except LockLost:  # what stands there is another process's
+            pass
+        except NotWritten:
+            if status != "failed":
                 raise
         self.lock.release()
 

@@ -38,9 +38,9 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
     """What of MLPerf's closed division (ResNet-50, rules of training v4.0) a recipe breaks, one clause each."""
-    augment, optimizer, schedule, found = recipe.augment, recipe.optimizer, recipe.schedule, []
+    augment, optimizer, schedule = recipe.augment, recipe.optimizer, recipe.schedule
     halvings = math.log2(optimizer.weight_decay / 1e-4) if optimizer.weight_decay else math.nan
-    for kept, clause in (
+    rules: tuple[tuple[bool, str], ...] = (
         (
             (samples, val_samples) == _IMAGENET,
             f"the data are ImageNet's 1,281,167 + 50,000 images, not {samples:,} + {val_samples:,}",
@@ -56,17 +56,16 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
         (schedule.end_lr == 1e-4, f"the last rate is 1e-4, not {schedule.end_lr:g}"),
         (schedule.power == 2 or optimizer.name == "sgd", f"the rate decays with power 2, not {schedule.power:g}"),
         (schedule.warmup_power == 1, f"warm-up is linear, not of power {schedule.warmup_power:g}"),
-        (optimizer.name == "sgd" or optimizer.eps == 0, f"LARS has epsilon 0, not {optimizer.eps}"),
-        (
-            optimizer.name == "sgd" or optimizer.trust_coefficient == 1e-3,
-            f"LARS has eta 0.001, not {optimizer.trust_coefficient}",
-        ),
-        (not optimizer.adapt_1d, "biases and norm scales are left out of LARS"),
-        (optimizer.decay_in_norm is not False, "the trust ratio has weight decay in its denominator"),
-    ):
-        if not kept:
-            found.append(clause)
-    return found
+        (optimizer.name in ("sgd", "lars"), f"the optimizer is sgd or lars, not {optimizer.name}"),
+    )
+    if optimizer.name == "lars":
+        rules += (
+            (optimizer.eps == 0, f"LARS has epsilon 0, not {optimizer.eps}"),
+            (optimizer.trust_coefficient == 1e-3, f"LARS has eta 0.001, not {optimizer.trust_coefficient}"),
+            (not optimizer.adapt_1d, "biases and norm scales are left out of LARS"),
+            (optimizer.decay_in_norm is not False, "the trust ratio has weight decay in its denominator"),
+        )
+    return [clause for kept, clause in rules if not kept]
 
 
 class MLLog:
@@ -111,9 +110,8 @@ class MLLog:
         self.logger.end(keys.EVAL_STOP, metadata=data, time_ms=ended)
         last = step == self.plan.steps
         if top1 >= TARGET or last:
-            self.logger.end(
-                keys.RUN_STOP, metadata={"status": keys.SUCCESS if top1 >= TARGET else keys.ABORTED, "step": step}
-            )
+            status = keys.SUCCESS if top1 >= TARGET else keys.ABORTED
+            self.logger.end(keys.RUN_STOP, metadata={"status": status, "step": step})
             self.running = False
         else:
             self._block(keys.BLOCK_START, first=epoch + 1, step=step)
@@ -163,12 +161,9 @@ def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
         f"{prefix}_momentum": optimizer.momentum,
         f"{prefix}_weight_decay": optimizer.weight_decay,
     }
-    warmup = "lars_opt_learning_rate_warmup_epochs" if optimizer.name == "lars" else "opt_learning_rate_warmup_epochs"
-    return {
-        **facts,
-        warmup: schedule.warmup_epochs,
-        **({"lars_epsilon": optimizer.eps} if optimizer.name == "lars" else {}),
-    }
+    if optimizer.name != "lars":
+        return facts | {"opt_learning_rate_warmup_epochs": schedule.warmup_epochs}
+    return facts | {"lars_opt_learning_rate_warmup_epochs": schedule.warmup_epochs, "lars_epsilon": optimizer.eps}
 
 
 def seconds_to_target(run: Path) -> float | None:

@@ -73,9 +73,8 @@ def read_bytes(file: Path, most: int = _MOST_LINES) -> bytes | None:
         return None
     with stream:
         size = os.fstat(stream.fileno()).st_size
-        content = (
-            stream.read(size) if size <= most else None
-        )  # Python takes the memory for as many bytes as it is asked for
+        # Python takes the memory for as many bytes as it is asked for.
+        content = stream.read(size) if size <= most else None
     if content is None:
         raise RecipeError(f"{file} has more than {most:,} bytes, which no run writes")
     return content

@@ -138,10 +138,8 @@ class Watchdog:
 
     def _signs(self) -> list[list]:
         """Of each process: its ticks, step, pass, and why it has ended, if it has."""
-        return [
-            json.loads(sign)
-            for sign in self._ask("multi_get", [f"alive {rank}" for rank in range(self.peers.processes)])
-        ]
+        names = [f"alive {rank}" for rank in range(self.peers.processes)]
+        return [json.loads(sign) for sign in self._ask("multi_get", names)]
 
     def _ask(self, what: str, *words: Any) -> Any:
         """A call of torch's store, from a thread of its own: where a cable is pulled neither answer nor error comes.
