@@ -6,7 +6,7 @@ COMMIT = $(shell git describe --always --dirty --abbrev=40)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove lint test test-long test-environments parity launchers study tables chaos fuzz bench
+.PHONY: help setup reproduce-demo prove lint test test-long test-environments parity launchers study tables chaos slurm fuzz bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -57,6 +57,9 @@ tables: $(SETUP)  ## write the READMEs' tables and the study's figures from reci
 
 chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undisturbed one; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
+
+slurm: $(SETUP)  ## a job stopped by its time limit, requeued and resumed by real daemons (root, slurm-wlm, munge); the log is committed
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest tests/distributed/test_slurm.py -vv -rs -s --no-header) | sed "s|$(CURDIR)/||g" | tee tests/slurm.log'
 
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
