@@ -179,6 +179,27 @@ def resolve(data: Data) -> dict[str, list[str]]:
     return found
 
 
+def on_the_hub(data: Data) -> bool:
+    """Whether `data.path` is the id of a data set of the Hub, and neither a folder here nor an address."""
+    path = _folder(data)
+    return not (os.path.isdir(path) or "://" in path or path.startswith((".", "/", "~")) or path.count("/") > 1)
+
+
+def check_hub(data: Data) -> None:
+    """Whether this node's login may read a data set of the Hub.
+
+    Raises:
+        RecipeError: it may not, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        HfApi().auth_check(data.place, repo_type="dataset")
+    except Exception as error:
+        raise RecipeError(_explain_access(data.path, error, GatedRepoError)) from None
+
+
 def _explain_access(path: str, error: Exception, gated: type[Exception]) -> str:
     chain = causes(error)
     if any(isinstance(e, gated) or "is a gated dataset" in str(e) for e in chain):
