@@ -102,8 +102,8 @@ class Checkup:
             if not hindered:
                 del machine["device"], machine["cpu_flags"]
         self.seen["threads"] = (
-            f"{machine['threads']} to compute and {workers_of(self.recipe)} to decode a process, "
-            f"{cores / self.roll.local_processes:g} cores"
+            f"a process: {machine['threads']} to compute, {workers_of(self.recipe)} to decode, "
+            f"{cores / self.roll.local_processes:g} of the cores"
         )
         if self.device.type == "cuda":
             seen, facts, faults = gpu.look_at(self.device, self.recipe.precision)

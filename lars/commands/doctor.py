@@ -34,6 +34,8 @@ from lars.recipe.refusal import RecipeError, hidden, one_line
 from lars.run.peers import Peers, short
 from lars.run.signals import interrupts_end_at_once
 
+_MEETING, _TRIALS = 30.0, 45.0  # seconds in which the others can keep a process waiting
+
 Reports = Mapping[int, dict[str, Any]]
 
 _REMEDIES = {
@@ -91,8 +93,8 @@ def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
     plan = roll.hear("go on", COME + 2 * REPORT)
     if plan["together"]:
         try:
-            peers = _limited(REPORT, roll, "the meeting over gloo or NCCL", lambda: Peers.meet(None))
-            _limited(2 * REPORT, roll, "the trial of network, data and loader", checkup.together, peers, plan["needed"])
+            peers = _limited(_MEETING, roll, "the meeting over gloo or NCCL", lambda: Peers.meet(None))
+            _limited(_TRIALS, roll, "the trial of network, data and loader", checkup.together, peers, plan["needed"])
         except Exception as error:
             checkup.fault(f"network, data and loader together: {type(error).__name__}: {one_line(error)}")
         roll.tell(f"findings {roll.rank}", checkup.report())

@@ -10,10 +10,12 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,10 @@ from conftest import DEMO, RANKS, ROOT, free_port
 from nodes import PORT, Cluster, Node, obstacle
 
 from lars.commands import gpu
+from lars.commands.checkup import Checkup
 from lars.commands.claims import Claim, faults_of
 from lars.commands.doctor import differences, rows
-from lars.commands.roll_call import COME
+from lars.commands.roll_call import COME, RollCall
 
 RECIPE = DEMO / "resnet50.yaml"
 NODES = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
@@ -303,6 +306,69 @@ def test_a_missing_node_is_named(absent: int, doctor: Doctor, cluster: Cluster, 
     assert len(doctor.faults) == 1, doctor.said
     words = "nobody listens at" if absent == 0 else "rank 1 of 2 did not come"
     assert words in doctor.faults[0] and "start " in doctor.faults[0], doctor.said
+
+
+# --- a process that stands still, the Hub -----------------------------------------------------------------------------
+
+
+def stand_still(seconds: float) -> None:
+    from lars.commands import doctor, trials
+
+    doctor._TRIALS = 8.0
+    if seconds:
+        trials.network = lambda device: time.sleep(seconds)
+
+
+@LONG
+def test_a_process_that_stands_still_keeps_nobody_waiting(doctor: Doctor, keys: tuple[str, ...]) -> None:
+    port = free_port()
+    for rank, seconds in enumerate((0, 600)):
+        doctor.start(launched(rank, port), *keys, first=partial(stand_still, seconds))
+    assert doctor.wait(120) == [2, 2], doctor.said
+    assert any("the trial of network, data and loader has not ended after 8 s" in f for f in doctor.faults), doctor.said
+
+
+class GatedHub(BaseHTTPRequestHandler):
+    """What the Hub answers of a data set whose licence was not accepted."""
+
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *words: object) -> None:
+        return
+
+
+@pytest.mark.parametrize("hub", [True, False])
+def test_the_hub_is_asked_for_a_data_set_of_the_hub_alone(
+    hub: bool, keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GatedHub, "asked", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for place in ("huggingface_hub.constants.ENDPOINT", "datasets.config.HF_ENDPOINT"):
+        monkeypatch.setattr(place, f"http://127.0.0.1:{server.server_port}")
+    checkup = Checkup(RollCall())
+    try:
+        checkup.recipe_and_machine(RECIPE, [*keys, *["data.path=ILSVRC/imagenet-1k"] * hub], None)
+        checkup.disks_and_data()
+    finally:
+        server.shutdown()
+        server.server_close()
+    if hub:
+        (fault,) = checkup.faults
+        assert "accept its licence at huggingface.co/datasets/ILSVRC/imagenet-1k" in fault
+        assert any(path.endswith("/auth-check") for path in GatedHub.asked)
+    else:
+        assert checkup.faults == GatedHub.asked == []
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
