@@ -69,6 +69,12 @@ class Checkup:
             self.fault(str(error))
         return None
 
+    def passes(self, check: Callable[..., object], *arguments: Any) -> bool:
+        """Whether a check that returns nothing has found nothing."""
+        faults = len(self.faults)
+        self.tried(check, *arguments)
+        return len(self.faults) == faults
+
     def report(self) -> dict[str, Any]:
         return {"seen": self.seen, "facts": self.facts, "faults": self.faults}
 
@@ -137,22 +143,21 @@ class Checkup:
             return
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         self._disk("cache", cache, "XDG_CACHE_HOME=...")
-        if self.roll.speaks and self.launched:
-            faults = len(self.faults)
-            self.tried(can_be_written, Path(recipe.run_dir))
-            if len(self.faults) == faults:
-                self._disk("run folder", Path(recipe.run_dir), "run_dir=...")
+        run, speaks = Path(recipe.run_dir), self.roll.speaks and self.launched is not None
+        if speaks and self.passes(can_be_written, run):
+            self._disk("run folder", run, "run_dir=...")
+        place = self.tried(lambda: recipe.data.place)
+        hub = place is not None and on_the_hub(recipe.data)
+        may_read = place is not None and (not hub or self.passes(check_hub, recipe.data))
+        if speaks and may_read:
             self.checked = self.tried(preflight, recipe, self.launched.engine, self.launched.processes)
-        hub = bool(self.tried(on_the_hub, recipe.data))
-        if hub:
-            self.tried(check_hub, recipe.data)
         if self.checked:
             self.seen["data"] = f"fingerprint {fingerprint(self.checked.train, self.checked.val)[:12]}"
             self._memory_needed(self.checked)
-        elif self.roll.speaks or not hub and "://" not in recipe.data.path:
+        elif may_read and (self.roll.speaks or not hub and "://" not in str(place)):
             self.tried(build_indexes, recipe.data, recipe.model.num_classes)
         if self.roll.speaks and not self.checked and (model := self.tried(build_model, recipe)):
-            self.tried(check_room, Path(recipe.run_dir), recipe.checkpoint.keep, model[0])
+            self.tried(check_room, run, recipe.checkpoint.keep, model[0])
 
     def _disk(self, row: str, folder: Path, key: str) -> None:
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

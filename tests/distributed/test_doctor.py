@@ -354,8 +354,7 @@ def test_the_hub_is_asked_for_a_data_set_of_the_hub_alone(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for place in ("huggingface_hub.constants.ENDPOINT", "datasets.config.HF_ENDPOINT"):
-        monkeypatch.setattr(place, f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     checkup = Checkup(RollCall())
     try:
         checkup.recipe_and_machine(RECIPE, [*keys, *["data.path=ILSVRC/imagenet-1k"] * hub], None)
