@@ -8,6 +8,7 @@ from importlib import import_module
 VERBS = {
     "plan": ("lars.plan.plan", "how long a recipe takes on a cluster, and how much memory"),
     "keys": ("lars.commands.keys", "every key of a recipe, with its neutral value, limit and unit"),
+    "doctor": ("lars.commands.doctor", "are these machines ready? On all nodes, started like a run"),
     "convert": ("lars.commands.convert", "a local Parquet copy of a data set, an image folder or ILSVRC's tar files"),
     "reproduce": ("lars.commands.reproduce", "check, train or resume a recipe, and judge what it reached"),
     "prove": ("lars.commands.prove", "one recipe at 1, 2 and 4 processes, and killed and resumed: one hash"),

@@ -44,7 +44,7 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     Raises:
         RecipeError: a run folder, trackers, a policy, data, model or numbers that cannot be trained.
     """
-    _can_be_written(Path(recipe.run_dir))
+    can_be_written(Path(recipe.run_dir))
     trackers.check(recipe.trackers)
     if not checkpoint.saved(Path(recipe.run_dir)):
         pretrained.require(recipe.model.kwargs, recipe.run_dir)
@@ -65,7 +65,7 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     return Preflight(train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}")
 
 
-def _can_be_written(run: Path) -> None:
+def can_be_written(run: Path) -> None:
     """Whether `run` is or can become a folder of this user's; what has to be made to find out is removed again."""
     made: list[Path] = []
     try:

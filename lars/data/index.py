@@ -180,6 +180,26 @@ def _files_of(path: str, revision: str | None) -> dict[str, list[str]]:
     return datasets.load_dataset_builder(path, revision=revision).config.data_files or {}
 
 
+def on_the_hub(data: Data) -> bool:
+    """Whether `data.path` is the id of a data set of the Hub, and neither a folder here nor an address."""
+    path = _folder(data)
+    return not (os.path.isdir(path) or "://" in path or path.startswith((".", "/", "~")) or path.count("/") > 1)
+
+
+def check_hub(data: Data) -> None:
+    """Whether this node's login may read a data set of the Hub.
+
+    Raises:
+        RecipeError: it may not, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().auth_check(data.place, repo_type="dataset")
+    except Exception as error:
+        raise RecipeError(_explain_access(data.path, f"data.path={data.path}", error)) from None
+
+
 def _explain_access(path: str, named: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError
 

@@ -53,18 +53,28 @@ def activation_bytes(model: nn.Module, images: tuple[int, int, int, int], classe
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
+def pass_bytes(model: nn.Module, recipe: Recipe, plan: BatchPlan) -> float:
+    """Activations of one pass; `model` is a plain one on the CPU that is not used for anything else.
+
+    Raises:
+        ValueError: from `activation_bytes`. A model raises what it likes.
+    """
+    if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    size = recipe.model.image_size
+    counted = activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
+    return kept_in(recipe.precision, counted)
+
+
 def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) -> str:
     """State and activations of a process, in MiB; `model` is a plain one on the CPU that is not used for anything else.
 
     Raises:
         RecipeError: the model cannot be trained on the recipe's images.
     """
-    elements, size = sum(p.numel() for p in model.parameters() if p.requires_grad), recipe.model.image_size
-    if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     try:
-        counted = activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
-        activations = kept_in(recipe.precision, counted) / 2**20
+        activations = pass_bytes(model, recipe, plan) / 2**20
         one_pass = f"{activations:,.0f} MiB of activations (one pass, however many there are)"
     except Exception as error:  # a model that looks at its numbers, or one that cannot take these images
         _play(model, recipe)
