@@ -112,9 +112,10 @@ class Checkup:
             f"{cores / self.roll.local_processes:g} of the cores"
         )
         if self.device.type == "cuda":
-            seen, facts, faults = gpu.look_at(self.device, self.recipe.precision)
+            seen, faults = gpu.look_at(self.device, self.recipe.precision)
             self.seen |= seen
-            machine |= facts
+            machine["driver"] = seen["driver"]
+            self.facts["NVLink"] = {"NVLinks that are up": seen["NVLink"]}
             for fault in faults:
                 self.fault(fault)
 

@@ -43,6 +43,7 @@ _REMEDIES = {
     "sources": "bring all nodes to the same commit and the same recipe folder",
     "recipe": "start all with the same recipe, overrides and launch file",
     "machine": "such a run is the same up to rounding only, so use machines and drivers that are alike",
+    "NVLink": "a link is down, or the GPUs are not alike: look at `nvidia-smi nvlink --status` on both",
 }
 
 
@@ -68,6 +69,9 @@ def main() -> int:
     except RecipeError as error:
         faults = dict.fromkeys([str(error), *checkup.faults])
         return _refused([f"{roll.name}: {fault}" if roll.processes > 1 else fault for fault in faults])
+    finally:
+        if dist.is_initialized():  # a process that leaves it open can abort at exit
+            dist.destroy_process_group()
 
 
 def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
@@ -101,10 +105,7 @@ def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
         if roll.speaks:
             found, late = roll.reports("findings", REPORT)
             reports, of_all = {**reports, **found}, of_all + late
-    status = roll.end(_say(roll, checkup, reports, of_all) if roll.speaks else 2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return status
+    return roll.end(_say(roll, checkup, reports, of_all) if roll.speaks else 2)
 
 
 def _say(roll: RollCall, checkup: Checkup, reports: Reports, faults: list[str]) -> int:

@@ -20,14 +20,13 @@ _ASKED = {
 }
 
 
-def look_at(device: torch.device, precision: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Rows of the table, facts that all GPUs of a run share, and faults. It is asked while it is warm."""
+def look_at(device: torch.device, precision: str) -> tuple[dict[str, Any], list[str]]:
+    """Rows of the table, and faults. The GPU is asked while it is warm."""
     seen: dict[str, Any] = {"matrix product": [peak(device, precision), f"Tflop/s in {precision}"]}
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     told, faults = health(uuid)
     links = nvlinks(uuid)
-    facts = {"driver": told.get("driver", "unknown"), "NVLinks": links or "none"}
-    return seen | {"driver": facts["driver"], "NVLink": facts["NVLinks"]}, facts, faults
+    return seen | {"driver": told.get("driver", "unknown"), "NVLink": links or "none"}, faults
 
 
 def peak(device: torch.device, precision: str) -> float:

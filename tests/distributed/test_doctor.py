@@ -113,9 +113,9 @@ def test_a_healthy_machine_is_ready(doctor: Doctor, keys: tuple[str, ...], tmp_p
 
 
 def without_its_data(folder: Path, tiny: tuple[str, ...]) -> str:
-    """`data.path` of a copy in which one row group cannot be read; its footers are as they were."""
+    """`data.path` of a copy with a row group of the validation split that cannot be read; its footer is as it was."""
     shutil.copytree(tiny[0].removeprefix("data.path="), folder)
-    with open(folder / "train-00001-of-00005.parquet", "r+b") as file:
+    with open(folder / "validation-00000-of-00001.parquet", "r+b") as file:
         file.seek(4)
         file.write(os.urandom(20_000))
     return f"data.path={folder}"
@@ -139,7 +139,7 @@ def test_two_faults_are_both_named(
     assert len(doctor.faults) == 2, doctor.said
     assert "rank 1 on " in doctor.faults[0] and "timm=0.0.1" in doctor.faults[0], doctor.said
     assert "install the same versions" in doctor.faults[0]
-    assert "rank 0 on " in doctor.faults[1] and "train-00001-of-00005.parquet" in doctor.faults[1], doctor.said
+    assert "rank 0 on " in doctor.faults[1] and "validation-00000-of-00001.parquet" in doctor.faults[1], doctor.said
     assert doctor.said.splitlines()[-1] == "doctor: 2 faults, named above: demo/resnet50 is not ready"
 
 
@@ -193,6 +193,16 @@ def test_a_full_disk_is_named(taken: int, words: str, doctor: Doctor, keys: tupl
         assert doctor.wait() == [2], doctor.said
     assert any(words in fault and "make room" in fault for fault in doctor.faults), doctor.said
     assert all(str(disk) in fault for fault in doctor.faults), doctor.said
+
+
+@LONG
+def test_one_process_looks_at_what_is_planned_for_several(doctor: Doctor, keys: tuple[str, ...]) -> None:
+    doctor.start({}, *keys, "--launch", "zero2")
+    assert doctor.wait() == [0], doctor.said
+    assert "(zero2, for 2)" in doctor.said and "doctor: OK" in doctor.said
+    doctor.start({}, *keys, "--launch", "no-such-file")
+    assert doctor.wait() == [0, 2], doctor.said
+    assert "no launch file launch/no-such-file.yaml" in doctor.faults[0]
 
 
 # --- two nodes --------------------------------------------------------------------------------------------------------
