@@ -1,6 +1,6 @@
 """`make test-gpu [DEVICE=cpu] [PART=1]`: does this machine's GPU keep every promise? One line for each item.
 
-What has passed stands in results/<device>.json and is not run again; delete the file to start over. On the CPU the
+What has passed stands in results/<device>.json and is not run again with the same sources and software. On the CPU the
 items are the same and small: that tests this script and says nothing about a GPU.
 """
 
@@ -38,7 +38,7 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.launched import Launched
 from lars.recipe.model_file import import_model_file
 from lars.run.reading import read_result
-from lars.run.sources import environment, versions
+from lars.run.sources import environment, source_sha256, sources, versions
 
 RESULTS = Path(__file__).parent / "results"
 U = 2.0**-24  # float32's unit roundoff
@@ -199,7 +199,7 @@ def memory(device: torch.device) -> dict:
     plain, size = build_model(engine.recipe)[0], engine.recipe.model.image_size
     state = PLAIN_BYTES * sum(p.numel() for p in plain.parameters())
     predicted = state + activation_bytes(plain, (plan.micro_batch, 3, size, size))
-    return {"measured": torch.cuda.max_memory_allocated() - before, "predicted": predicted}
+    return {"verdict": "measured", "bytes": torch.cuda.max_memory_allocated() - before, "predicted": predicted}
 
 
 def rate(work: Callable[[], None], images: int, device: torch.device) -> float:
@@ -240,7 +240,7 @@ def speed(device: torch.device) -> dict:
                 name = f"{what}, {'NHWC' if layout is torch.channels_last else 'NCHW'}"
                 found[name + ", deterministic" * deterministic] = rate(work, count, device)
     torch.use_deterministic_algorithms(False)
-    return {"images_per_second": found}
+    return {"verdict": "measured", "images_per_second": found}
 
 
 PARTS: dict[int, tuple[Callable[[torch.device], dict], ...]] = {
@@ -266,9 +266,11 @@ def main() -> int:
     name = torch.cuda.get_device_name().replace(" ", "-") if args.device == "cuda" else "cpu"
     file = RESULTS / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+    made = {"sources": source_sha256(sources(DEMO / "resnet50.yaml")), **environment(device)}
     for part in [args.part] if args.part else PARTS:
         for item in PARTS[part]:
-            kept = found.get(item.__name__, {}).get("verdict") == "PASS"
+            row = found.get(item.__name__, {})
+            kept = row.get("verdict") in ("PASS", "measured") and row["made"] == made
             if not kept:
                 started = time.perf_counter()
                 try:
@@ -278,7 +280,7 @@ def main() -> int:
                 except Exception as error:  # whatever goes wrong in an item, the others still run
                     traceback.print_exc()
                     row = {"verdict": "FAIL", "why": f"{type(error).__name__}: {error}"}
-                found[item.__name__] = row | {"seconds": round(time.perf_counter() - started, 1)}
+                found[item.__name__] = row | {"made": made, "seconds": round(time.perf_counter() - started, 1)}
                 file.write_text(json.dumps(found, indent=1) + "\n")
             row = found[item.__name__]
             print(
