@@ -6,7 +6,8 @@ COMMIT = $(shell git describe --always --dirty --abbrev=40)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove lint test test-long test-environments parity launchers study tables chaos slurm fuzz bench
+.PHONY: help setup reproduce-demo prove lint test test-long test-environments test-gpu parity launchers study tables chaos \
+        slurm fuzz bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -41,6 +42,9 @@ test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is commi
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
+
+test-gpu: $(SETUP)  ## does this machine's GPU keep every promise? PART=1 to PART=4; DEVICE=cpu tries the script without one
+	$(PYTHON) tests/gpu/check.py $(if $(DEVICE),--device $(DEVICE)) $(if $(PART),--part $(PART))
 
 parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a control; writes docs/engines.md's table
 	$(PYTHON) tests/distributed/parity.py

@@ -188,7 +188,9 @@ class Engine(ABC):
 
     def update_statistics(self, means: Tensor) -> None:
         """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
-        parts = means.to(self.device).split([2 * ghost.num_features for ghost in self.ghosts]) if self.ghosts else ()
+        if not self.ghosts:
+            return
+        parts = means.to(self.device, non_blocking=True).split([2 * ghost.num_features for ghost in self.ghosts])
         for ghost, part in zip(self.ghosts, parts):
             ghost.update_running(*part.view(2, -1))
 

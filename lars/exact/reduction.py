@@ -52,9 +52,11 @@ class OrderFreeSum:
         self.passes = passes
         self.scale = 2.0 ** (62 - RANGE_BITS - math.ceil(math.log2(passes)))
         elements = sum(p.numel() for p in self.parameters)
-        sizes = [elements, len(self.parameters), floats, floats, 1, counts]
-        self.total = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.gradients, self.presence, self.high, self.low, self.bad, self.counts = self.total.split(sizes)
+        self.sizes = [elements, len(self.parameters), floats, floats, 1, counts]
+        self.total = torch.zeros(sum(self.sizes), dtype=torch.int64, device=device)
+        self.gradients, self.presence, self.high, self.low, self.bad, self.counts = self.total.split(self.sizes)
+        # What this process knows without its device goes there once a step: a copy for each pass would hold up a GPU.
+        self.had, self.counted = (torch.zeros(size, dtype=torch.int64) for size in (len(self.parameters), counts))
         self.flat = torch.zeros(elements, device=device)  # float32: one pass's gradient, then the step's mean
         chunk = min(_CHUNK.get(device.type, 1 << 17), max(elements, 1))
         self.scratch_float = torch.empty(chunk, device=device)
@@ -67,8 +69,8 @@ class OrderFreeSum:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         largest = torch.stack(torch._foreach_norm(grads, math.inf))
-        present = torch.tensor([p.grad is not None for p in self.parameters], device=self.total.device)
-        self.presence += torch.where(largest < 2.0**RANGE_BITS, present.long(), _BAD)  # NaN compares false
+        self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
+        self.had += torch.tensor([p.grad is not None for p in self.parameters])
         torch.cat([g.reshape(-1) for g in grads], out=self.flat)
         for values, total in zip(
             self.flat.split(len(self.scratch_float)), self.gradients.split(len(self.scratch_float))
@@ -93,14 +95,17 @@ class OrderFreeSum:
     def add_counts(self, values: list[int]) -> None:
         """Add integers modulo 2^64."""
         signed = [((value + 2**63) % 2**64) - 2**63 for value in values]
-        self.counts += torch.tensor(signed, dtype=torch.int64, device=self.total.device)
+        self.counted += torch.tensor(signed, dtype=torch.int64)
 
     @torch.no_grad()
     def finish(self) -> StepSums:
         """Add over processes. Each `.grad` becomes the mean over the global batch (None if nobody had one)."""
+        for total, here in ((self.presence, self.had), (self.counts, self.counted)):
+            total += here.to(self.total.device, non_blocking=True)
+            here.zero_()
         if dist.is_initialized():
             dist.all_reduce(self.total)
-        presence = self.presence.tolist()
+        presence, high, low, bad, counts = self._read()
         bad_gradients = [name for name, count in zip(self.names, presence) if count >= _BAD]
         if not bad_gradients:
             for total, mean in zip(self.gradients.split(len(self.scratch_int)), self.flat.split(len(self.scratch_int))):
@@ -111,8 +116,13 @@ class OrderFreeSum:
                 if not p.is_contiguous():  # channels last: optimizers want the parameter's own strides
                     mean = torch.empty_like(p).copy_(mean)
                 p.grad = mean if count else None
-        floats = self.high.double() / 2.0**_HIGH_BITS + self.low.double() / 2.0**_LOW_BITS
-        counts = [value % 2**64 for value in self.counts.tolist()]
-        sums = StepSums(bad_gradients, int(self.bad), floats.cpu(), counts)
+        floats = high.double() / 2.0**_HIGH_BITS + low.double() / 2.0**_LOW_BITS
+        sums = StepSums(bad_gradients, int(bad), floats, [value % 2**64 for value in counts])
         self.total.zero_()
         return sums
+
+    def _read(self) -> tuple[list[int], Tensor, Tensor, int, list[int]]:
+        """Presence, floats, bad floats and counts: the one place of a step where the processor waits for the device."""
+        numbers = self.total[len(self.gradients) :].cpu()
+        presence, high, low, bad, counts = numbers.split(self.sizes[1:])
+        return presence.tolist(), high, low, int(bad), counts.tolist()
