@@ -270,7 +270,7 @@ def main() -> int:
     for part in [args.part] if args.part else PARTS:
         for item in PARTS[part]:
             row = found.get(item.__name__, {})
-            kept = row.get("verdict") in ("PASS", "measured") and row["made"] == made
+            kept = row.get("verdict") in ("PASS", "measured") and row.get("made") == made
             if not kept:
                 started = time.perf_counter()
                 try:
