@@ -171,7 +171,7 @@ def one_hash(device: torch.device) -> dict:
 
 
 def no_waiting(device: torch.device) -> dict:
-    """A pass and an optimizer step, under the mode that makes every wait for the device an error."""
+    """A pass, under the mode that makes every wait for the device an error."""
     if device.type != "cuda":
         raise Skipped("a CPU waits for nobody")
     engine, plan = engine_for(DEMO / "resnet50.yaml")
