@@ -243,7 +243,7 @@ def test_memory_that_ran_short_is_told_once_where_bits_are_promised(
 ) -> None:
     with FakeTensorMode():
         run = training(DEMO / "alexnet.yaml")
-        run.engine.reproducibility = promise
+        run.engine.recipe.runtime.deterministic = promise == "bitwise"
         play(run, steps=1)
         assert not caplog.records
         monkeypatch.setattr("torch.cuda.memory_stats", lambda device: {"num_alloc_retries": 3})
