@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,9 @@ def instructions() -> list[tuple[str, str]]:
 
 def steps(target: str) -> list[str]:
     """What make would run in a clone without an environment."""
-    dry = ["make", "-n", "--always-make", target]
-    return subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    dry = ["make", "-n", "--always-make", "--no-print-directory", target]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(dry, cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_it_installs_by_the_steps_that_ci_runs() -> None:
