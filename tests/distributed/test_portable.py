@@ -93,6 +93,7 @@ def test_emulated_cpus_decode_and_resize_to_the_same_pixels(cpu: str) -> None:
     assert cells.pixels_on(cpu) == cells.pixels_on("native")
 
 
+@pytest.mark.long
 @needs_portable
 def test_a_variable_of_the_user_wins_and_the_run_says_that_it_is_not_portable(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "recipes/train.py", *cells.arguments(cells.RECIPE, 1, data, tmp_path / "run")]
