@@ -70,17 +70,17 @@ def free_port() -> int:
 
 @dataclass
 class Ranks:
-    """The processes of one run, started without a launcher."""
+    """Processes of one launch, started without a launcher."""
 
     processes: list
     log: Path
 
     def wait(self, timeout: float = 240) -> list[int]:
-        """Exit statuses in order of rank; negative for a signal."""
+        """Exit statuses in the order of starting, which is that of the ranks; negative for a signal."""
         end = time.time() + timeout
         for process in self.processes:
             process.join(max(0.1, end - time.time()))
-            assert process.exitcode is not None, f"rank still runs after {timeout} s: {self.output}"
+            assert process.exitcode is not None, f"a process still runs after {timeout} s: {self.output}"
         return [process.exitcode for process in self.processes]
 
     @property
@@ -113,13 +113,18 @@ def start_ranks(
     return Ranks(ranks, log)
 
 
-def _rank(
-    rank: int, variables: dict[str, str], recipe: str, overrides: tuple[str, ...], log: str, first: Callable | None
-) -> None:
+def speak_into(log: str) -> None:
+    """In a forked process: work in the repository's root, and print into a file."""
     os.chdir(ROOT)
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+
+
+def _rank(
+    rank: int, variables: dict[str, str], recipe: str, overrides: tuple[str, ...], log: str, first: Callable | None
+) -> None:
+    speak_into(log)
     if variables:
         os.environ.update(
             variables,

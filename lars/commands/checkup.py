@@ -31,7 +31,7 @@ from lars.engine.memory import pass_bytes, state_bytes
 from lars.exact import portable
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
-from lars.recipe.launched import Launched, environment_of, process_count, uses_cpu
+from lars.recipe.launched import Launched, cores_here, environment_of, process_count, uses_cpu
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError
 from lars.run.peers import Peers
@@ -86,7 +86,6 @@ class Checkup:
         self.facts |= {"versions": versions(), "sources": sources(file) if file.is_file() else {}}
         self.recipe = self.tried(config.load, file, overrides)
         self.seen["versions"] = ", ".join(f"{name} {self.facts['versions'].get(name)}" for name in ("torch", "timm"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._open_files()
         if self.recipe is None:
             return
@@ -109,7 +108,7 @@ class Checkup:
                 del machine["device"], machine["cpu_flags"]
         self.seen["threads"] = (
             f"a process: {machine['threads']} to compute, {workers_of(self.recipe)} to decode, "
-            f"{cores / self.roll.local_processes:g} of the cores"
+            f"{cores_here() / self.roll.local_processes:g} of the cores"
         )
         if self.device.type == "cuda":
             seen, faults = gpu.look_at(self.device, self.recipe.precision)

@@ -23,7 +23,6 @@ command_line.pin(sys.argv[1:])  # before anything imports torch, as in recipes/t
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # faults are ours to tell
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from lars.commands.roll_call import COME, REPORT, RollCall
 from lars.recipe.launched import Alone
 from lars.recipe.refusal import RecipeError, hidden, one_line
 from lars.run.peers import Peers, short
+from lars.run.progress import stdout
 from lars.run.signals import interrupts_end_at_once
 
 _MEETING, _TRIALS = 30.0, 45.0  # seconds in which the others can keep a process waiting
@@ -121,8 +121,7 @@ def _say(roll: RollCall, checkup: Checkup, reports: Reports, faults: list[str]) 
                 faults.append(f"{names[rank]}: {fault}" if roll.processes > 1 else fault)
     nodes = list(dict.fromkeys(hosts.values())) or [roll.host]
     there = f"{len(reports)} of {roll.processes} on {', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}"
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table({"processes": there, **rows(reports, names)}))
+    stdout().print(table({"processes": there, **rows(reports, names)}))
     sys.stdout.flush()
     _refused(faults)
     what = checkup.recipe.name if checkup.recipe is not None else "this recipe"

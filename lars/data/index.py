@@ -148,7 +148,7 @@ def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:
         raise RecipeError(f"{named}: give the Hub id alone (owner/name), and a commit or tag as data.revision")
     if local and os.path.samefile(path, os.sep):
         raise RecipeError(f"{named} is the whole machine: name the folder of the data set")
-    if not local and not address and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not local and not address and not on_the_hub(data):
         raise RecipeError(f"{named}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):
         raise RecipeError(f"{named} holds no .parquet file")

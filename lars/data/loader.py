@@ -26,7 +26,7 @@ from lars.data.reader import Pass, Reader
 from lars.data.source import DataError
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
-from lars.recipe.launched import decoders
+from lars.recipe.launched import cores_here, decoders
 from lars.recipe.refusal import RecipeError
 
 log = logging.getLogger("lars")
@@ -47,8 +47,7 @@ class Batch:
 
 def workers_of(recipe: Recipe) -> int:
     """Decoding processes of this rank: what the recipe says, or else what the cores allow."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return recipe.data.workers or decoders(cores, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return recipe.data.workers or decoders(cores_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:

@@ -145,6 +145,11 @@ def process_count(environment: Mapping[str, str] = os.environ) -> int:
     return numbers.get("WORLD_SIZE", 1)
 
 
+def cores_here() -> int:
+    """Cores that this process may use: fewer than the machine has under a scheduler or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decoders(cores: int, processes: int) -> int:
     """Decoding processes of each of a machine's `processes`: its share of the cores less the one that trains."""
     return min(16, max(1, cores // processes - 1))

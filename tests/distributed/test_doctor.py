@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, RANKS, ROOT, free_port
+from conftest import DEMO, RANKS, ROOT, Ranks, free_port, speak_into
 from nodes import PORT, Cluster, Node, obstacle
 
 from lars.commands import gpu
@@ -35,11 +35,11 @@ LONG = pytest.mark.long
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000  # linux/sched.h
 
 
-class Doctor:
+class Doctor(Ranks):
     """The processes of one `lars doctor`, forked from a server that has imported torch."""
 
     def __init__(self, folder: Path) -> None:
-        self.log, self.processes = folder / "log", []
+        super().__init__([], folder / "log")
         self.log.write_text("")
 
     def start(self, variables: dict[str, str], *words: str, first: Callable[[], None] | None = None) -> None:
@@ -48,29 +48,14 @@ class Doctor:
         self.processes.append(RANKS.Process(target=_process, args=(variables, arguments, str(self.log), first)))
         self.processes[-1].start()
 
-    def wait(self, timeout: float = 240) -> list[int]:
-        """Exit statuses in the order of starting."""
-        end = time.time() + timeout
-        for process in self.processes:
-            process.join(max(0.1, end - time.time()))
-            assert process.exitcode is not None, f"a process still runs after {timeout} s: {self.said}"
-        return [process.exitcode for process in self.processes]
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
     @property
     def faults(self) -> list[str]:
-        assert "Traceback" not in self.said, self.said
-        return [line.removeprefix("error: ") for line in self.said.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in self.output, self.output
+        return [line.removeprefix("error: ") for line in self.output.splitlines() if line.startswith("error: ")]
 
 
 def _process(variables: dict[str, str], arguments: tuple[str, ...], log: str, first: Callable | None) -> None:
-    os.chdir(ROOT)
-    with open(log, "a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+    speak_into(log)
     os.environ.update(variables, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     if first:
@@ -104,11 +89,11 @@ def test_a_healthy_machine_is_ready(doctor: Doctor, keys: tuple[str, ...], tmp_p
     port = free_port()
     for rank in range(2):
         doctor.start(launched(rank, port), *keys)
-    assert doctor.wait() == [0, 0], doctor.said
-    assert doctor.faults == [] and doctor.said.splitlines()[-1] == "doctor: OK: demo/resnet50 can start"
+    assert doctor.wait() == [0, 0], doctor.output
+    assert doctor.faults == [] and doctor.output.splitlines()[-1] == "doctor: OK: demo/resnet50 can start"
     for row in ("processes", "gloo, round trip", "gloo, bandwidth", "clocks", "run folder, writes", "loader"):
-        assert f"│ {row}" in doctor.said, doctor.said
-    assert "2 of 2 on " in doctor.said and doctor.said.count("what") == 1  # rank 0 alone speaks
+        assert f"│ {row}" in doctor.output, doctor.output
+    assert "2 of 2 on " in doctor.output and doctor.output.count("what") == 1  # rank 0 alone speaks
     assert not (tmp_path / "run").exists()
 
 
@@ -135,20 +120,20 @@ def test_two_faults_are_both_named(
     doctor.start(launched(0, port), *keys, without_its_data(tmp_path / "damaged", tiny))
     (other := tmp_path / "site").mkdir()
     doctor.start(launched(1, port), *keys, first=partial(with_another_timm, other))
-    assert doctor.wait() == [2, 2], doctor.said
-    assert len(doctor.faults) == 2, doctor.said
-    assert "rank 1 on " in doctor.faults[0] and "timm=0.0.1" in doctor.faults[0], doctor.said
+    assert doctor.wait() == [2, 2], doctor.output
+    assert len(doctor.faults) == 2, doctor.output
+    assert "rank 1 on " in doctor.faults[0] and "timm=0.0.1" in doctor.faults[0], doctor.output
     assert "install the same versions" in doctor.faults[0]
-    assert "rank 0 on " in doctor.faults[1] and "validation-00000-of-00001.parquet" in doctor.faults[1], doctor.said
-    assert doctor.said.splitlines()[-1] == "doctor: 2 faults, named above: demo/resnet50 is not ready"
+    assert "rank 0 on " in doctor.faults[1] and "validation-00000-of-00001.parquet" in doctor.faults[1], doctor.output
+    assert doctor.output.splitlines()[-1] == "doctor: 2 faults, named above: demo/resnet50 is not ready"
 
 
 def test_two_processes_with_rank_0_are_named(doctor: Doctor, keys: tuple[str, ...]) -> None:
     port = free_port()
     for _ in range(2):
         doctor.start(launched(0, port), *keys)
-    assert doctor.wait(COME + 90) == [2, 2], doctor.said
-    assert len(doctor.faults) == 2, doctor.said
+    assert doctor.wait(COME + 90) == [2, 2], doctor.output
+    assert len(doctor.faults) == 2, doctor.output
     assert "rank 0 is there 2 times" in doctor.faults[0] and "give each process a RANK of its own" in doctor.faults[0]
     assert all(f"process {process.pid} on" in doctor.faults[0] for process in doctor.processes)
     assert "rank 1 of 2 did not come" in doctor.faults[1]
@@ -164,8 +149,8 @@ def test_another_source_is_named(doctor: Doctor, keys: tuple[str, ...], tmp_path
     port = free_port()
     doctor.start(launched(0, port), *keys)
     doctor.start(launched(1, port), "--config", str(tmp_path / "demo/resnet50.yaml"), *keys)
-    assert doctor.wait() == [2, 2], doctor.said
-    assert len(doctor.faults) == 1 and "recipe/model.py=" in doctor.faults[0], doctor.said
+    assert doctor.wait() == [2, 2], doctor.output
+    assert len(doctor.faults) == 1 and "recipe/model.py=" in doctor.faults[0], doctor.output
     assert "bring all nodes to the same commit" in doctor.faults[0]
 
 
@@ -190,18 +175,18 @@ def test_a_full_disk_is_named(taken: int, words: str, doctor: Doctor, keys: tupl
     with small_disk(tmp_path / "disk", "2m") as disk:
         (disk / "other").write_bytes(b"\0" * taken * (2 * 2**20 - 4096))
         doctor.start({}, *keys, f"run_dir={disk / 'run'}")
-        assert doctor.wait() == [2], doctor.said
-    assert any(words in fault and "make room" in fault for fault in doctor.faults), doctor.said
-    assert all(str(disk) in fault for fault in doctor.faults), doctor.said
+        assert doctor.wait() == [2], doctor.output
+    assert any(words in fault and "make room" in fault for fault in doctor.faults), doctor.output
+    assert all(str(disk) in fault for fault in doctor.faults), doctor.output
 
 
 @LONG
 def test_one_process_looks_at_what_is_planned_for_several(doctor: Doctor, keys: tuple[str, ...]) -> None:
     doctor.start({}, *keys, "--launch", "zero2")
-    assert doctor.wait() == [0], doctor.said
-    assert "(zero2, for 2)" in doctor.said and "doctor: OK" in doctor.said
+    assert doctor.wait() == [0], doctor.output
+    assert "(zero2, for 2)" in doctor.output and "doctor: OK" in doctor.output
     doctor.start({}, *keys, "--launch", "no-such-file")
-    assert doctor.wait() == [0, 2], doctor.said
+    assert doctor.wait() == [0, 2], doctor.output
     assert "no launch file launch/no-such-file.yaml" in doctor.faults[0]
 
 
@@ -249,8 +234,8 @@ def rule(node: Node, *words: str) -> None:
 @LONG
 def test_two_healthy_nodes_are_ready(doctor: Doctor, cluster: Cluster, keys: tuple[str, ...]) -> None:
     start_both(doctor, cluster, keys)
-    assert doctor.wait() == [0, 0], doctor.said
-    assert "2 of 2 on worker-a, worker-b" in doctor.said and "doctor: OK" in doctor.said, doctor.said
+    assert doctor.wait() == [0, 0], doctor.output
+    assert "2 of 2 on worker-a, worker-b" in doctor.output and "doctor: OK" in doctor.output, doctor.output
 
 
 @NODES
@@ -258,9 +243,9 @@ def test_a_name_on_loopback_is_named(doctor: Doctor, cluster: Cluster, keys: tup
     """As Debian writes it into /etc/hosts: gloo would meet at 127.0.1.1 and wait for ever."""
     start_on(doctor, cluster.a, 0, cluster.a.address, keys, f"{cluster.a.address} worker-a")
     start_on(doctor, cluster.b, 1, cluster.a.address, keys, "127.0.1.1 worker-b")
-    assert doctor.wait() == [2, 2], doctor.said
+    assert doctor.wait() == [2, 2], doctor.output
     (fault,) = doctor.faults
-    assert fault.startswith("rank 1 on worker-b: gloo would send the other nodes to 127.0.1.1"), doctor.said
+    assert fault.startswith("rank 1 on worker-b: gloo would send the other nodes to 127.0.1.1"), doctor.output
     assert "GLOO_SOCKET_IFNAME=veth" in fault and "/etc/hosts" in fault
 
 
@@ -268,8 +253,8 @@ def test_a_name_on_loopback_is_named(doctor: Doctor, cluster: Cluster, keys: tup
 @LONG
 def test_a_master_on_loopback_is_named(doctor: Doctor, cluster: Cluster, keys: tuple[str, ...]) -> None:
     start_on(doctor, cluster.b, 1, "localhost", keys, f"{cluster.b.address} worker-b")
-    assert doctor.wait(COME + 90) == [2], doctor.said
-    assert "rank 1 on worker-b: MASTER_ADDR=localhost is 127.0.0.1 on worker-b" in doctor.faults[0], doctor.said
+    assert doctor.wait(COME + 90) == [2], doctor.output
+    assert "rank 1 on worker-b: MASTER_ADDR=localhost is 127.0.0.1 on worker-b" in doctor.faults[0], doctor.output
 
 
 @NODES
@@ -283,12 +268,12 @@ def test_a_blocked_port_and_unreadable_data_are_both_named(
     start_on(doctor, cluster.a, 0, cluster.a.address, keys, f"{cluster.a.address} worker-a")
     own = (*keys, f"data.path={tmp_path / 'empty'}")
     start_on(doctor, cluster.b, 1, cluster.a.address, own, f"{cluster.b.address} worker-b")
-    assert doctor.wait(COME + 90) == [2, 2], doctor.said
+    assert doctor.wait(COME + 90) == [2, 2], doctor.output
     theirs = [fault for fault in doctor.faults if fault.startswith("rank 1 on worker-b: ")]
-    assert len(theirs) == 2 and len(doctor.faults) == 3, doctor.said
-    assert f"{cluster.a.address}:{PORT} cannot be reached from worker-b" in theirs[0], doctor.said
-    assert "open the port" in theirs[0] and "holds no .parquet file" in theirs[1], doctor.said
-    assert any("rank 1 of 2 did not come" in fault for fault in doctor.faults), doctor.said
+    assert len(theirs) == 2 and len(doctor.faults) == 3, doctor.output
+    assert f"{cluster.a.address}:{PORT} cannot be reached from worker-b" in theirs[0], doctor.output
+    assert "open the port" in theirs[0] and "holds no .parquet file" in theirs[1], doctor.output
+    assert any("rank 1 of 2 did not come" in fault for fault in doctor.faults), doctor.output
 
 
 @NODES
@@ -299,10 +284,10 @@ def test_a_network_that_opens_the_one_port_only_is_named(
     """The processes meet at MASTER_PORT; on the ports that gloo would take no packet of worker-a comes through."""
     rule(cluster.a, "to", cluster.b.address, "ipproto", "tcp", "sport", "32768-60999", "blackhole")
     start_both(doctor, cluster, keys)
-    assert doctor.wait() == [2, 2], doctor.said
-    assert len(doctor.faults) == 2, doctor.said
+    assert doctor.wait() == [2, 2], doctor.output
+    assert len(doctor.faults) == 2, doctor.output
     for fault, (here, there) in zip(doctor.faults, (("0 on worker-a", cluster.b), ("1 on worker-b", cluster.a))):
-        assert f"rank {here}: cannot connect to {there.name} at {there.address}" in fault, doctor.said
+        assert f"rank {here}: cannot connect to {there.name} at {there.address}" in fault, doctor.output
         assert "open all ports between the nodes, both ways" in fault
 
 
@@ -312,10 +297,10 @@ def test_a_network_that_opens_the_one_port_only_is_named(
 def test_a_missing_node_is_named(absent: int, doctor: Doctor, cluster: Cluster, keys: tuple[str, ...]) -> None:
     there = cluster.nodes[1 - absent]
     start_on(doctor, there, 1 - absent, cluster.a.address, keys, f"{there.address} {there.name}")
-    assert doctor.wait(COME + 90) == [2], doctor.said
-    assert len(doctor.faults) == 1, doctor.said
+    assert doctor.wait(COME + 90) == [2], doctor.output
+    assert len(doctor.faults) == 1, doctor.output
     words = "nobody listens at" if absent == 0 else "rank 1 of 2 did not come"
-    assert words in doctor.faults[0] and "start " in doctor.faults[0], doctor.said
+    assert words in doctor.faults[0] and "start " in doctor.faults[0], doctor.output
 
 
 # --- a process that stands still, the Hub -----------------------------------------------------------------------------
@@ -334,8 +319,10 @@ def test_a_process_that_stands_still_keeps_nobody_waiting(doctor: Doctor, keys: 
     port = free_port()
     for rank, seconds in enumerate((0, 600)):
         doctor.start(launched(rank, port), *keys, first=partial(stand_still, seconds))
-    assert doctor.wait(120) == [2, 2], doctor.said
-    assert any("the trial of network, data and loader has not ended after 8 s" in f for f in doctor.faults), doctor.said
+    assert doctor.wait(120) == [2, 2], doctor.output
+    assert any("the trial of network, data and loader has not ended after 8 s" in f for f in doctor.faults), (
+        doctor.output
+    )
 
 
 class GatedHub(BaseHTTPRequestHandler):
