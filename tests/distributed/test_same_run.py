@@ -438,7 +438,9 @@ def test_one_process_where_two_were_asked_for_is_an_error(tmp_path: Path, tiny: 
     assert done.returncode != 0 and len(errors) == 1 and "launch/cpu-2.yaml" in errors[0]
 
 
-PRIME = ("global_batch=88", "max_steps=12", "checkpoint.every_steps=2")  # 11 passes, which no other number divides
+# 11 passes, which no other number divides. A process that votes less often than the others would stand still.
+HANGS = ("runtime.hang_seconds=40", "data.retry_seconds=9")
+PRIME = ("global_batch=88", "max_steps=12", "checkpoint.every_steps=2", *HANGS)
 
 
 @pytest.mark.long
