@@ -167,11 +167,14 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
     ("a hash of weights, and no weights", "refused", "model.weights_sha256=abc", "names no file of weights"),
     arguments="override, words",
 )
-def test_an_override_is_refused_in_one_line(override: str, words: str, capsys: pytest.CaptureFixture) -> None:
+def test_an_override_is_refused_in_one_line(
+    override: str, words: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    new = f"run_dir={tmp_path / 'run'}"  # the recipe's own may hold the run of `make reproduce-demo`
     vit = ("model.name=vit_tiny_patch16_224", "bn_group=null") if override.startswith("model.kwargs={") else ()
     if override.startswith("trackers=[c"):
         assert importlib.util.find_spec("clearml") is None, "this test needs a tracker that is not installed"
-    assert words in complaint(capsys, *vit, override)
+    assert words in complaint(capsys, new, *vit, override)
 
 
 def test_words_that_are_near_no_key_get_no_suggestion(capsys: pytest.CaptureFixture) -> None:
