@@ -7,7 +7,7 @@ REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if 
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
 .PHONY: help setup reproduce-demo prove lint test test-long test-environments test-gpu parity launchers study tables chaos \
-        slurm fuzz bench
+        slurm fuzz reverts bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
@@ -35,10 +35,10 @@ lint: $(SETUP)  ## rules of style and lines of at most 120 characters (ruff), an
 	$(PYTHON) -m mypy
 
 test: lint  ## what CI runs: `make lint` and the tests
-	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile
+	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
@@ -67,6 +67,9 @@ slurm: $(SETUP)  ## a job stopped by its time limit, requeued and resumed by rea
 
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
+
+reverts: $(SETUP)  ## takes each of 280 mends back alone and sees its test fail, an hour; the log is committed
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.reverts) | tee tests/reverts.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
 	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
