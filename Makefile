@@ -6,7 +6,7 @@ COMMIT = $(shell git describe --always --dirty --abbrev=40)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
-.PHONY: help setup reproduce-demo prove lint test test-long test-environments test-gpu parity launchers study tables chaos \
+.PHONY: help setup reproduce-demo prove lint test test-long test-environments test-gpu parity launchers scale study tables chaos \
         slurm fuzz reverts bench
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -51,6 +51,9 @@ parity: $(SETUP)  ## one step on every engine at 1, 2 and 3 processes against a 
 
 launchers: $(SETUP)  ## one hash under every launcher and on emulated CPUs (qemu-x86_64, half an hour); writes portable.json
 	$(PYTHON) -m tests.distributed.portable
+
+scale: $(SETUP)  ## what processes tell each other, counted at 2 to 32 and simulated up to 2,048; writes docs/clusters.md's table
+	$(PYTHON) -m tests.distributed.scale
 
 study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; trains what the ledger lacks, FRESH=1 all
 	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh) $(ARGS)

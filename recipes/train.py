@@ -77,7 +77,7 @@ class Training:
             self.folder.say(end)
             return False
         self.engine = start_engine(recipe, self.launched)
-        self.stop = StopRequest(peers.group)  # until here a signal ends the processes at once
+        self.stop = StopRequest(peers)  # until here a signal ends the processes at once
         self.schedule = Schedule.of(recipe, plan)
         self.order = Order(self.train_index, recipe.seed, plan.global_batch, plan.bn_group)
         self.model, ghosts = build_model(recipe)

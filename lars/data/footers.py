@@ -7,6 +7,7 @@ So a child looks at them, and what kills it is told in one line.
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import io
 import os
 import pickle
@@ -40,6 +41,17 @@ class Group(NamedTuple):
 class File(NamedTuple):
     rows: int
     groups: list[Group]
+
+
+class Footer(NamedTuple):
+    """What is known of a raw footer where it is not at hand."""
+
+    size: int  # bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, raw: bytes) -> Footer:
+        return cls(len(raw), hashlib.sha256(raw).hexdigest())
 
 
 def read_footer(source: Source, name: str, state: str) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lars.data.content import Content
-from lars.data.footers import File, check_label_range, describe, read_footer
+from lars.data.footers import File, Footer, check_label_range, describe, read_footer
 from lars.data.source import DataError, Source, causes
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
@@ -37,7 +37,7 @@ class Index:
     rows: np.ndarray
     fingerprint: str  # SHA-256 over base names, rows and footers: the structure, never the path
     spans: np.ndarray | None = None  # int64 (row groups, 2): first byte and end of the image and label columns
-    footers: tuple[bytes, ...] = ()  # of each file, as they stand at its end
+    footers: tuple[Footer, ...] = ()  # of each file; whoever reads it reads its own, which is most of an index
     states: tuple[str, ...] = ()  # size and version of each file: a file that changes under a run ends it
     classes_per_group: float | None = None  # at most so many on average, from the footers' smallest and largest labels
     root: str = ""  # the folder of local files
@@ -104,16 +104,15 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     source = Source(names[0], data.retry_seconds)
     try:
         states = tuple(map(source.state, names))
-        footers = tuple(map(partial(read_footer, source), names, states)) if verify else index.footers
+        footers = tuple(map(partial(read_footer, source), names, states)) if verify else ()
     except DataError as error:
         raise RecipeError(str(error)) from None
-    for name, state, here, there in zip(names, states, footers, index.footers):
-        if here != there:
-            rows = [describe([name], [footer], [state], data)[0].rows for footer in (here, there)]
-            ours, theirs = (
-                f"{n:,} rows (footer {hashlib.sha256(f).hexdigest()[:12]})" for n, f in zip(rows, (here, there))
-            )
-            raise RecipeError(f"{name} has {ours}, rank 0's has {theirs}: all nodes need the same data")
+    for file, (raw, there) in enumerate(zip(footers, index.footers)):
+        if (here := Footer.of(raw)) != there:
+            ours = describe([names[file]], [raw], [states[file]], data)[0].rows, here
+            theirs = int(index.rows[index.file == file].sum()), there
+            told = [f"{rows:,} rows (footer {footer.sha256[:12]})" for rows, footer in (ours, theirs)]
+            raise RecipeError(f"{names[file]} has {told[0]}, rank 0's has {told[1]}: all nodes need the same data")
     return replace(index, files=names, states=states, root=root)
 
 
@@ -239,8 +238,8 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     file, group_in_file = (np.array([group[column] for group in groups]) for column in (0, 1))
     rows, spans, memory = (np.array([getattr(g, what) for *_, g in groups]) for what in ("rows", "span", "memory"))
     declared = _declared(root, names, described) if root else ()
-    digest = _digest(names, footers, described)
-    return Index(tuple(names), file, group_in_file, rows, digest, spans, footers, states, known, root, memory, declared)
+    digest, ends = _digest(names, footers, described), tuple(map(Footer.of, footers))
+    return Index(tuple(names), file, group_in_file, rows, digest, spans, ends, states, known, root, memory, declared)
 
 
 def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:

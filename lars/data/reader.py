@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.data.content import row_group_hash
-from lars.data.footers import check_label_range, has_dictionary, missing_labels, parse_footer, span_of
+from lars.data.footers import Footer, check_label_range, has_dictionary, missing_labels, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.source import DataError, Source
 from lars.recipe.keys import Data
@@ -203,7 +203,7 @@ class Reader:
         name, number = self.index.files[file], int(self.index.group_in_file[group])
         self._check_unchanged(file)
         if file not in self.footers:
-            self.footers[file] = parse_footer(name, self.index.footers[file])
+            self.footers[file] = parse_footer(name, self._footer(file))
         metadata, declared = self.footers[file].row_group(number), (self.index.declared or {group: ""})[group]
         start, stop = map(int, self.index.spans[group])
         first, last = span_of(metadata) if declared else (start, stop)
@@ -239,6 +239,15 @@ class Reader:
             parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
             self.paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
         return _bytes_of(images, rows), labels
+
+    def _footer(self, file: int) -> bytes:
+        """The raw footer that the index was made from: of thousands of processes each reads those of its own files."""
+        name, state, then = self.index.files[file], self.index.states[file], self.index.footers[file]
+        size = int(state.split()[0])
+        raw = self.source.read(name, size - 8 - then.size, size - 8, state)
+        if Footer.of(raw) != then:
+            raise DataError(f"{name} has another footer than when the run began: put the file back")
+        return raw
 
     def _check_unchanged(self, file: int) -> None:
         """A local file before each read; a remote one, which costs a request, before the first and now and then."""

@@ -54,6 +54,7 @@ class Peers:
         if told := place():
             # Held until the group has a client of its own.
             store = _first_word(refused, told["RANK"], told["WORLD_SIZE"])
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # or each process opens a socket to each other one
             backend = "gloo" if uses_cpu() else "nccl"  # named, or accelerate finds none on a CPU
             if uses_deepspeed() and uses_cpu():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -6,8 +6,8 @@ import math
 import signal
 import time
 
-import torch
-import torch.distributed as dist
+from lars.run.peers import Peers
+from lars.run.vote import Vote
 
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: start the same command again to go on
 _ECHO = 1.0  # seconds in which a SIGINT is the same Ctrl-C, come by way of the launcher too
@@ -22,12 +22,9 @@ def interrupts_end_at_once() -> None:
 class StopRequest:
     """Whether any process was asked to stop. All of them learn of it at the same pass, on every engine."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """`group` is one on the CPU (None for one process), so that nobody waits for a GPU to ask."""
+    def __init__(self, peers: Peers) -> None:
         self._requested = False
-        self._group = group
-        self._flag = torch.zeros(1, dtype=torch.int32)
-        self._work: dist.Work | None = None
+        self._vote = Vote(peers)
         self._interrupted = math.inf  # when Ctrl-C came first
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             ignored = signal.getsignal(number) == signal.SIG_IGN  # by `nohup`, or by a shell in the background
@@ -47,15 +44,5 @@ class StopRequest:
         return self._requested
 
     def agreed(self) -> bool:
-        """After each pass, by all processes: had one of them been asked by the end of the pass before?
-
-        One pass late, so that no process waits for a slower one here: the exchange runs beside the pass.
-        """
-        if self._group is None:
-            return self._requested
-        if self._work is not None:
-            self._work.wait()
-        answer = bool(self._flag.item())
-        self._flag.fill_(self._requested)
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return answer
+        """After each pass, by all processes: had one of them been asked by the end of the pass before?"""
+        return self._vote.cast(self._requested)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without pow
 _AT_ONCE = 4  # ticks that are enough once an exchange has failed
 _ANSWER = 5.0  # seconds that torch's store has for an answer
 _QUIET = 5  # ticks without a pass, after which a process begins to look at the others
+_EACH_OTHER = 64  # processes that all look at all; of more, the first and the last do, and the others look at these two
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out", re.IGNORECASE)
 
 
@@ -29,12 +30,17 @@ class Watchdog:
     Each process writes a count and where it stands to torch's store, once a second. Time is counted in these ticks, not
     by the clock, so that a suspended machine does not find itself late. One that has not moved for `seconds` looks at
     all others: those that wait in an exchange are ahead of the one they wait for. A single process looks at itself.
+
+    Looking costs the store a request of a process and second, and W answers. So of many processes only two look at all.
     """
 
     def __init__(self, peers: Peers, runtime: Runtime, give_up: Callable[..., None]) -> None:
         self.peers, self.seconds, self.give_up = peers, runtime.hang_seconds, give_up
         self.compiles, self.first = runtime.compile, None  # the first step compiles, for as long as that takes
         self.tick = min(1.0, self.seconds / 4)
+        observers = {0, peers.processes - 1}
+        self.observes = peers.rank in observers or peers.processes <= _EACH_OTHER
+        self.watched = sorted((set(range(peers.processes)) if self.observes else observers) - {peers.rank})
         self.ticks, self.moved = 0, 0  # own ticks so far, and when the main thread last moved
         self.started = False  # no process hangs before its first pass: an engine may take its time to start
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
@@ -97,7 +103,8 @@ class Watchdog:
                 continue
             if self.store and (who := self._gone(GONE_AFTER)):
                 self._complain(who)
-            if self.started and late * self.tick > self.seconds:
+            patience = 0 if self.observes else 2 * _AT_ONCE  # for the observers to say it first
+            if self.started and (late - patience) * self.tick > self.seconds:
                 self._complain(self._behind())
 
     def _gone(self, after: int) -> str | None:
@@ -112,20 +119,20 @@ class Watchdog:
             return f"{self.peers.name(0)}, or its launcher, is gone" if self.ticks - lost_at >= after else None
 
     def _silent(self, after: int) -> str | None:
-        signs, others = self._signs(), [rank for rank in range(self.peers.processes) if rank != self.peers.rank]
-        for rank in others:
-            if reason := signs[rank][3]:
+        for rank, sign in zip(self.watched, self._signs(self.watched)):
+            if reason := sign[3]:
                 return f"{self.peers.name(rank)} has ended ({reason})"
-            if signs[rank] != self.seen.get(rank, (None, 0))[0]:
-                self.seen[rank] = signs[rank], self.ticks
-        silent = [rank for rank in others if self.ticks - self.seen[rank][1] >= after]
+            if sign != self.seen.get(rank, (None, 0))[0]:
+                self.seen[rank] = sign, self.ticks
+        silent = [rank for rank in self.watched if self.ticks - self.seen[rank][1] >= after]
         if not silent:
             return None
         nodes = ", ".join(list(dict.fromkeys(self.peers.nodes[rank] for rank in silent))[:4])
         return f"{_ranks(silent)} on {nodes} {'are' if len(silent) > 1 else 'is'} gone or stopped"
 
     def _behind(self) -> str:
-        places = [tuple(sign[1:3]) for sign in self._signs()] if self.store else [self.place]
+        everybody = range(self.peers.processes)
+        places = [tuple(sign[1:3]) for sign in self._signs(everybody)] if self.store else [self.place]
         first = min(places)
         last = _ranks([rank for rank, place in enumerate(places) if place == first])
         return (
@@ -136,10 +143,9 @@ class Watchdog:
     def _sign(self) -> None:
         self._ask("set", f"alive {self.peers.rank}", json.dumps([self.ticks, *self.place, self.reason]))
 
-    def _signs(self) -> list[list]:
-        """Of each process: its ticks, step, pass, and why it has ended, if it has."""
-        names = [f"alive {rank}" for rank in range(self.peers.processes)]
-        return [json.loads(sign) for sign in self._ask("multi_get", names)]
+    def _signs(self, ranks: Iterable[int]) -> list[list]:
+        """Of each of these processes: its ticks, step, pass, and why it has ended, if it has."""
+        return [json.loads(sign) for sign in self._ask("multi_get", [f"alive {rank}" for rank in ranks])]
 
     def _ask(self, what: str, *words: Any) -> Any:
         """A call of torch's store, from a thread of its own: where a cable is pulled neither answer nor error comes.
