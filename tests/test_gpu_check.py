@@ -18,6 +18,8 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 
 def test_the_page_has_a_row_for_each_item() -> None:
     parts = re.search(r"^PARTS.*?^}", (ROOT / "tests/gpu/check.py").read_text(), re.DOTALL | re.MULTILINE)[0]
-    items = [(part, item) for part, line in re.findall(r"(\d): \((.*)\)", parts) for item in re.findall(r"\w+", line)]
+    items = [
+        (part, item) for part, line in re.findall(r"(\d): \((.*)\)", parts) for item in re.findall(r"\w+\.(\w+)", line)
+    ]
     rows = re.findall(r"^\| (\d) \| (\w+) \|", (ROOT / "docs/gpus.md").read_text(), re.MULTILINE)
     assert rows == items and len(items) > 7
