@@ -38,7 +38,7 @@ test: lint  ## what CI runs: `make lint` and the tests
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed "s|$(CURDIR)/||g" | tee tests/long.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/long.log'
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
@@ -66,7 +66,7 @@ chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undist
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
 
 slurm: $(SETUP)  ## a job stopped by its time limit, requeued and resumed by real daemons (root, slurm-wlm, munge); the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest tests/distributed/test_slurm.py -vv -rs -s --no-header) | sed "s|$(CURDIR)/||g" | tee tests/slurm.log'
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest tests/distributed/test_slurm.py -vv -rs -s --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/slurm.log'
 
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'

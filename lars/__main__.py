@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from lars.run.progress import outlive_output
+
 VERBS = {
     "plan": ("lars.plan.plan", "how long a recipe takes on a cluster, and how much memory"),
     "keys": ("lars.commands.keys", "every key of a recipe, with its neutral value, limit and unit"),
@@ -30,6 +32,7 @@ def main() -> int:
     if verb not in VERBS:
         print(f"error: lars has no verb {verb!r}: one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    outlive_output()
     sys.argv = [f"lars {verb}", *sys.argv[2:]]
     return import_module(VERBS[verb][0]).main()
 

@@ -57,6 +57,7 @@ class OrderFreeSum:
         self.gradients, self.presence, self.high, self.low, self.bad, self.counts = self.total.split(self.sizes)
         # What this process knows without its device goes there once a step: a copy for each pass would hold up a GPU.
         self.had, self.counted = (torch.zeros(size, dtype=torch.int64) for size in (len(self.parameters), counts))
+        self.begun = False  # the first pass of a step is stored, the others are added to it
         self.flat = torch.zeros(elements, device=device)  # float32: one pass's gradient, then the step's mean
         chunk = min(_CHUNK.get(device.type, 1 << 17), max(elements, 1))
         self.scratch_float = torch.empty(chunk, device=device)
@@ -68,16 +69,26 @@ class OrderFreeSum:
         if not self.parameters:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        largest = torch.stack(torch._foreach_norm(grads, math.inf))
-        self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
         self.had += torch.tensor([p.grad is not None for p in self.parameters])
         torch.cat([g.reshape(-1) for g in grads], out=self.flat)
+        fits = True  # on a CPU a look at each chunk in cache; a GPU is not waited for
         for values, total in zip(
             self.flat.split(len(self.scratch_float)), self.gradients.split(len(self.scratch_float))
         ):
             rounded, whole = self.scratch_float[: len(values)], self.scratch_int[: len(values)]
+            if self.flat.device.type == "cpu":
+                least, most = values.aminmax()
+                fits &= -(2.0**RANGE_BITS) < least.item() and most.item() < 2.0**RANGE_BITS  # NaN compares false
             torch.mul(values, self.scale, out=rounded)
-            total += whole.copy_(rounded.round_())
+            rounded.round_()
+            if self.begun:
+                total += whole.copy_(rounded)
+            else:
+                total.copy_(rounded)
+        self.begun = True
+        if not fits or self.flat.device.type != "cpu":
+            largest = torch.stack(torch._foreach_norm(grads, math.inf))
+            self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
         for p in self.parameters:
             p.grad = None
 
@@ -103,6 +114,8 @@ class OrderFreeSum:
         for total, here in ((self.presence, self.had), (self.counts, self.counted)):
             total += here.to(self.total.device, non_blocking=True)
             here.zero_()
+        if not self.begun:
+            self.gradients.zero_()
         if dist.is_initialized():
             dist.all_reduce(self.total)
         presence, high, low, bad, counts = self._read()
@@ -118,7 +131,8 @@ class OrderFreeSum:
                 p.grad = mean if count else None
         floats = high.double() / 2.0**_HIGH_BITS + low.double() / 2.0**_LOW_BITS
         sums = StepSums(bad_gradients, int(bad), floats, [value % 2**64 for value in counts])
-        self.total.zero_()
+        self.total[len(self.gradients) :].zero_()
+        self.begun = False
         return sums
 
     def _read(self) -> tuple[list[int], Tensor, Tensor, int, list[int]]:

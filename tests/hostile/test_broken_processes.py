@@ -494,6 +494,13 @@ def test_closed_output_of_a_shell(words: str, tiny: tuple[str, ...], tmp_path: P
     assert read_result(tmp_path / "run")["status"] == "finished"
 
 
+@promised("Processes", ("`lars keys | head -n 1`", "no traceback, exit status 0"))
+def test_closed_output_of_a_command() -> None:
+    line = f"set -o pipefail; {sys.executable} -m lars keys | head -n 1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+
+
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 

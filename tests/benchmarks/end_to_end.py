@@ -1,0 +1,170 @@
+"""`python -m tests.benchmarks.end_to_end [--json] [--rounds 3]`: whole runs beside those of three usual ways to train.
+
+The same model, photographs, augmentation, precision, number of processes and of decoding processes, one thread each,
+in turns and clocked from outside: images/s after three steps, CPU seconds an image, seconds and CPU seconds to the
+first step (launcher included), the most memory of all processes together (PSS), images/s of the evaluation. Ours runs
+with its default keys. Medians over the rounds; ratios are ours to the fastest rival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import DEMO, ROOT, launch_line
+
+from benchmarks import photos
+
+RIVALS = ("timm", "torchvision", "accelerate")
+WARM = 3  # steps before the clock of the rate starts
+# name: model, size, batch of a process, steps, images for training
+CASES: dict[str, tuple[str, int, int, int]] = {
+    "mobilenetv3_small_050 at 128": ("mobilenetv3_small_050", 128, 32, 40),
+    "resnet50 at 224": ("resnet50", 224, 16, 8),
+}
+IMAGES = 1000
+
+
+def ours(case: tuple[str, int, int, int], processes: int, data: Path, run: Path) -> tuple[list[str], Path]:
+    """(command, the file that gets a line for each step)."""
+    model, size, batch, steps = case
+    keys = (
+        f"model.name={model}",
+        "model.kwargs={}",
+        f"model.image_size={size}",
+        f"data.path={data / 'parquet'}",
+        f"data.workers={1}",
+        "augment.crop=random_resized_crop",
+        "augment.scale=[0.08, 1.0]",
+        "augment.ratio=[0.75, 1.3333333333333333]",
+        "augment.pad=0",
+        f"augment.eval_resize={size * 8 // 7}",
+        "augment.mean=[123.7, 116.3, 103.5]",
+        "augment.std=[58.4, 57.1, 57.4]",
+        f"global_batch={batch * processes}",
+        f"bn_group={batch}",
+        "optimizer.name=sgd",
+        "optimizer.lr=0.01",
+        "schedule.warmup_epochs=0",
+        "schedule.warmup_lr=0",
+        "epochs=100",
+        f"max_steps={steps}",
+        "runtime.portable=false",
+        "trackers=[]",
+        f"run_dir={run}",
+    )
+    if processes == 1:
+        return [
+            sys.executable,
+            "recipes/train.py",
+            "--config",
+            str(DEMO / "resnet50.yaml"),
+            *keys,
+        ], run / "metrics.jsonl"
+    return launch_line(processes, DEMO / "resnet50.yaml", keys), run / "metrics.jsonl"
+
+
+def rival(peer: str, case: tuple[str, int, int, int], processes: int, data: Path, run: Path) -> tuple[list[str], Path]:
+    model, size, batch, steps = case
+    words = [peer, "--data", str(data / "folder"), "--model", model, "--log", str(run / "log")]
+    words += ["--size", str(size), "--batch", str(batch), "--steps", str(steps), "--workers", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
+    start = [*torchrun, "-m"] if processes > 1 else ["-m"]
+    return [sys.executable, *start, "tests.benchmarks.peers", *words], run / "log"
+
+
+def tree(process: psutil.Process) -> tuple[float, int]:
+    """(CPU seconds, PSS in bytes) of a process and all below it."""
+    cpu, memory = 0.0, 0
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):
+            times = one.cpu_times()
+            cpu += times.user + times.system
+            memory += one.memory_full_info().pss
+    return cpu, memory
+
+
+def clock(command: list[str], lines: Path, case: tuple[str, int, int, int], processes: int) -> dict[str, float]:
+    """Start a run and look at it from outside until it ends."""
+    _, _, batch, steps = case
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    before, started = os.times(), time.perf_counter()
+    at: list[float] = []
+    found, most, looked = {}, 0, 0.0
+    with open(lines.parent.with_suffix(".out"), "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        seen = psutil.Process(process.pid)
+        while process.poll() is None:
+            now = time.perf_counter() - started
+            written = lines.read_bytes().count(b"\n") if lines.exists() else 0
+            at += [now] * (written - len(at))
+            if at and "cpu_to_first_step" not in found:
+                found |= {"seconds_to_first_step": at[0], "cpu_to_first_step": tree(seen)[0]}
+            if now - looked > 1:
+                looked, most = now, max(most, tree(seen)[1])
+            time.sleep(0.005)
+    after = os.times()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {out.name}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    rate = (steps - WARM) * batch * processes / (at[steps - 1] - at[WARM - 1])
+    evaluated = IMAGES // 10 / (at[steps] - at[steps - 1])
+    return found | {"images_per_second": rate, "cpu_seconds": cpu, "memory": most, "evaluated_per_second": evaluated}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    found: dict[str, Any] = {"load_before": os.getloadavg(), "cores": os.cpu_count(), "rows": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary, "data")
+        photos.write(data / "parquet", IMAGES, data / "folder" / "train")
+        photos.write(data / "other", IMAGES // 10 * 1, data / "folder" / "validation")
+        for name, case in CASES.items():
+            for processes in (1, 2):
+                told: dict[str, list[dict[str, float]]] = {}
+                for number in range(args.rounds):
+                    for who in ("ours", *RIVALS):
+                        run = Path(temporary, f"{name}-{processes}-{number}-{who}".replace(" ", "-"))
+                        run.mkdir()
+                        start = (
+                            ours(case, processes, data, run)
+                            if who == "ours"
+                            else rival(who, case, processes, data, run)
+                        )
+                        told.setdefault(who, []).append(clock(*start, case, processes))
+                        print(name, processes, who, told[who][-1], file=sys.stderr, flush=True)
+                medians = {
+                    who: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+                    for who, rows in told.items()
+                }
+                best = max(medians[who]["images_per_second"] for who in RIVALS)
+                ratio = medians["ours"]["images_per_second"] / best
+                found["rows"].append(
+                    {"case": name, "processes": processes, "ratio": round(ratio, 3), "medians": medians}
+                )
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for row in found["rows"]:
+        for who, numbers in row["medians"].items():
+            shown = ", ".join(f"{key} {value:,.4g}" for key, value in numbers.items())
+            print(f"{row['case']}, {row['processes']} processes, {who}: {shown}")
+
+
+if __name__ == "__main__":
+    main()
