@@ -15,6 +15,7 @@ VERBS = {
     "reproduce": ("lars.commands.reproduce", "check, train or resume a recipe, and judge what it reached"),
     "prove": ("lars.commands.prove", "one recipe at 1, 2 and 4 processes, and killed and resumed: one hash"),
     "verify": ("lars.commands.verify", "train somebody's run again and say whether it is the same run"),
+    "export": ("lars.commands.export", "a run's weights as a folder that plain timm loads"),
     "report": ("lars.report.report", "compare runs, with curves and one HTML page"),
     "ledger": ("lars.commands.ledger", "put finished runs into the results of their recipe"),
     "tables": ("lars.commands.tables", "write the READMEs' tables from recipes, plan and committed results"),

@@ -94,7 +94,7 @@ def _folder(run: Path) -> Path:
     return committed if not run.exists() and is_name(str(run)) and committed.is_dir() else run
 
 
-def _recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
+def recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
     """This repository's recipe of the name that the run gives."""
     file = RECIPES / f"{claimed['recipe']}.yaml"
     if not is_name(claimed["recipe"]) or not file.is_file():
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
     claimed = read_result(run, _COMPARED)
     read_lines(run / "metrics.jsonl")  # damage is told before hours of training
-    recipe = args.recipe or _recipe_of(run, claimed)
+    recipe = args.recipe or recipe_of(run, claimed)
     taken = overrides_of(run, recipe)
     keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
     here = config.load(recipe, keys)

@@ -349,10 +349,12 @@ sys.addaudithook(spy)
 """
 COMMANDS = """
 import json, sys
-from lars.commands import ledger, tables, verify
+from lars.commands import export, ledger, tables, verify
 from lars.report import report
 said = {}
-for name, main in (("report", report.main), ("ledger", ledger.main), ("verify", verify.main)):
+for name, main in (
+    ("report", report.main), ("ledger", ledger.main), ("verify", verify.main), ("export", export.main)
+):
     for folder in sys.argv[1].split(","):
         sys.argv[1:] = [sys.argv[1], folder]
         before, sys.argv = sys.argv, [name, folder]
@@ -432,24 +434,28 @@ def spied(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], str
     return json.loads(done.stdout.splitlines()[-1]), done.stdout, seen, requests, clone
 
 
-DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt")
+DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt", "state.json")
 
 
 @promised(
     "A stranger's run folder",
     (
         "a model.py, train.py or yaml.py in it",
-        "never executed, compiled or imported, by report, ledger, tables or verify",
+        "never executed, compiled or imported, by report, ledger, tables, verify or export",
         "execute",
     ),
-    ("other files of it, checkpoints among them", "never opened: only its configuration, result and logs", "open"),
+    (
+        "other files of it, checkpoints among them",
+        "never opened: only its configuration, result and logs, and by export a checkpoint that its hashes fit",
+        "open",
+    ),
     ("`${oc.env:...}` anywhere in its config.yaml", "never resolved: the variable appears nowhere", "resolve"),
     ("addresses in its config.yaml, result.json and sources.json", "never contacted", "contact"),
     arguments="what",
 )
 def test_a_strangers_folder_is_data(what: str, spied: tuple[dict[str, int], str, list[str], list[str], Path]) -> None:
     statuses, output, seen, requests, clone = spied
-    assert len(statuses) == 12 and any(line.startswith("open ") for line in seen), (
+    assert len(statuses) == 16 and any(line.startswith("open ") for line in seen), (
         statuses,
         output,
     )  # the hook was there
@@ -514,7 +520,7 @@ def test_a_recipe_out_of_recipes_is_not_taken(
     assert report.committed_results("../evil") == []
     shutil.copy(DEMO / "alexnet.yaml", tmp_path / "evil.yaml")
     with pytest.raises(RecipeError, match="--recipe"):
-        verify._recipe_of(run, {"recipe": "../evil"})
+        verify.recipe_of(run, {"recipe": "../evil"})
     monkeypatch.setattr("sys.argv", ["ledger", str(run)])
     (run / "result.json").write_bytes(changed(recipe="demo/../../../mine"))
     assert (
