@@ -12,7 +12,8 @@ from conftest import DEMO, ROOT
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=LONG) for n in (3, 8, 32))])
+@LONG
+@pytest.mark.parametrize("processes", [2, 3, 8, 32])
 def test_a_real_run_sends_what_the_simulation_says(processes: int, tiny: tuple[str, ...], tmp_path: Path) -> None:
     keys = (*tiny, *scale.TINY)
     told = scale.counted(processes, keys, tmp_path)

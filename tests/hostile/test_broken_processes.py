@@ -299,7 +299,7 @@ def request(ready: Path, ignored: bool) -> None:
     if ignored:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-    stop = StopRequest(None)
+    stop = StopRequest(SimpleNamespace(processes=1))
     ready.touch()
     while not ready.with_suffix(".end").exists():
         if stop.requested():
