@@ -9,10 +9,8 @@ import pytest
 import scale
 from conftest import DEMO, ROOT
 
-LONG = pytest.mark.long
 
-
-@LONG
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 3, 8, 32])
 def test_a_real_run_sends_what_the_simulation_says(processes: int, tiny: tuple[str, ...], tmp_path: Path) -> None:
     keys = (*tiny, *scale.TINY)
