@@ -71,7 +71,7 @@ slurm: $(SETUP)  ## a job stopped by its time limit, requeued and resumed by rea
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
 
-reverts: $(SETUP)  ## takes each of 280 mends back alone and sees its test fail, an hour; the log is committed
+reverts: $(SETUP)  ## takes each mend back alone and sees its test fail, an hour; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.reverts) | tee tests/reverts.log'
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed

@@ -79,6 +79,20 @@ def test_a_parameter_nobody_had_a_gradient_for_stays_without() -> None:
     assert torch.equal(p.grad, torch.ones(3)) and q.grad is None
 
 
+def test_nothing_of_a_step_is_left_in_the_next() -> None:
+    """A step's first pass is stored over the step before; a process without a pass has nothing to add."""
+    p = nn.Parameter(torch.zeros(3))
+    total = OrderFreeSum([("p", p)], 2, floats=0, counts=0, device=p.device)
+    for value in (1.0, 3.0):
+        for _ in range(2):
+            p.grad = torch.full((3,), value)
+            total.add_gradients()
+        total.finish()
+        assert torch.equal(p.grad, torch.full((3,), value))
+    total.finish()
+    assert p.grad is None and not total.gradients.any()
+
+
 def test_statistics_and_counts_ride_along() -> None:
     total = OrderFreeSum([], 1, floats=3, counts=2, device=torch.device("cpu"))
     values = torch.tensor([1e-9, 1.1e6, -7.3], dtype=torch.float64)

@@ -15,6 +15,7 @@ from lars.commands.tables import (
     DEVICES,
     Prediction,
     folder_table,
+    main,
     mean_and_spread,
     predict,
     recipes_of,
@@ -46,6 +47,13 @@ def test_a_folders_table_is_what_make_tables_would_write(model: str) -> None:
     page, written = Path("recipes", model, "README.md").read_text(), as_written(model)
     assert set(written) == {r.name for r in recipes_of(Path("recipes", model))}
     assert replace_marked(page, "rows", folder_table(Path("recipes", model), written)) == page
+
+
+def test_help_writes_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lars.commands.tables.pages", lambda _: pytest.fail("pages are written"))
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0 and "lars tables" in capsys.readouterr().out
 
 
 EVERY = [r.name for model in ("alexnet", "resnet50") for r in recipes_of(ROOT / "recipes" / model)]

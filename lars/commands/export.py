@@ -19,38 +19,34 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import timm
 from timm.models import save_for_hf
 from torch import nn
 
 from lars.commands.verify import overrides_of, recipe_of
 from lars.data.index import resolve
+from lars.engine.build import build_model
 from lars.recipe import config
 from lars.recipe.keys import Data, Recipe
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run import checkpoint
 from lars.run.folder import weights_sha256
 from lars.run.reading import read_result
+from lars.run.resume import read_fitting
 
 
 def trained_model(run: Path, recipe: Recipe) -> tuple[nn.Module, checkpoint.State]:
-    """timm's own model, in evaluation mode, with the weights of the newest whole checkpoint.
+    """The model in evaluation mode, with the weights of the newest whole checkpoint.
 
     Raises:
-        RecipeError: there is none, or it is of another model.
+        RecipeError: there is none, it is of another model, or the model cannot be built.
     """
-    states = (state for path in reversed(checkpoint.saved(run)) if (state := checkpoint.verified(path)))
-    if (state := next(states, None)) is None:
+    found = ((path, state) for path in reversed(checkpoint.saved(run)) if (state := checkpoint.verified(path)))
+    path, state = next(found, (None, None))
+    if path is None or state is None:
         raise RecipeError(f"{run} has no checkpoint that is whole: train it again, or fetch its checkpoints/ folder")
-    beginning = ("checkpoint_path", "pretrained", "pretrained_cfg_overlay")  # which the checkpoint has long replaced
-    kwargs = {key: value for key, value in recipe.model.kwargs.items() if key not in beginning}
-    model = timm.create_model(recipe.model.name, num_classes=recipe.model.num_classes, **kwargs)
-    try:
-        weights, _ = checkpoint.read(run / "checkpoints" / checkpoint.name_of(state.step))
-        checkpoint.load_weights(weights, state, model)
-    except (RuntimeError, OSError) as error:
-        raise RecipeError(f"{run}: its checkpoint is not of model.name={recipe.model.name}: {error}") from None
+    model, _ = build_model(recipe)
+    weights, _ = read_fitting(path, state, recipe, model)
+    checkpoint.load_weights(weights, state, model)
     return model.eval(), state
 
 
@@ -85,7 +81,7 @@ def write_export(model: nn.Module, recipe: Recipe, names: list[str] | None, mode
         shutil.copyfile(model_file, out / "model.py")
 
 
-@refuses(RecipeError)
+@refuses(RecipeError, OSError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
@@ -96,7 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
     result = read_result(args.run, ("recipe", "steps"))
     recipe_file = args.recipe or recipe_of(args.run, result)
     keys = [*overrides_of(args.run, recipe_file), *([f"data.path={args.data}"] if args.data else [])]
-    import_model_file(recipe_file.parent)
     recipe = config.load(recipe_file, keys)
     model, state = trained_model(args.run, recipe)
     names, out = class_names(recipe.data), args.out or args.run / "export"

@@ -6,6 +6,7 @@ run has an empty cell.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +144,9 @@ def pages(predictions: dict[str, list[Prediction]]) -> Iterator[tuple[Path, str]
 
 
 @refuses(RecipeError, OSError)
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
     recipes = [recipe for folder in MODELS.values() for recipe in recipes_of(Path("recipes", folder))]
     for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
         changed = text != file.read_text()

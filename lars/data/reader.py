@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,7 @@ class Reader:
         self.given_up: set[Key] = set()  # dropped for lack of memory before they were used up
         self.warned = False
         self.footers: dict[int, pq.FileMetaData] = {}
+        self.opening = threading.Lock()  # several reads of one file at a time need its footer once
         self.asked: dict[int, float] = {}  # file -> when its state was asked for
         self.spare: tuple[int, list[bytes | None], np.ndarray] | None = None
         self.paths: list[str | None] = []  # of its images, as they are called in the data set
@@ -202,8 +204,9 @@ class Reader:
         file = int(self.index.file[group])
         name, number = self.index.files[file], int(self.index.group_in_file[group])
         self._check_unchanged(file)
-        if file not in self.footers:
-            self.footers[file] = parse_footer(name, self._footer(file))
+        with self.opening:
+            if file not in self.footers:
+                self.footers[file] = parse_footer(name, self._footer(file))
         metadata, declared = self.footers[file].row_group(number), (self.index.declared or {group: ""})[group]
         start, stop = map(int, self.index.spans[group])
         first, last = span_of(metadata) if declared else (start, stop)

@@ -45,20 +45,17 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return x
 
     def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if len(x) == self.bn_group:  # as cheap as nn.BatchNorm2d: nothing is cut, added or put together
-            statistics = self.running_mean.new_zeros(2, self.num_features)
-            x = F.batch_norm(x, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps)
-            self.group_sums = statistics.double()
-            return x
-        groups, sums = [], torch.zeros(2, self.num_features, dtype=torch.float64, device=x.device)
-        for group in x.split(self.bn_group):
+        groups: list[Tensor] = []
+        sums: Tensor | None = None
+        # One group is as cheap as nn.BatchNorm2d: nothing is cut, added or put together.
+        for group in (x,) if len(x) == self.bn_group else x.split(self.bn_group):
             # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
             statistics = self.running_mean.new_zeros(2, self.num_features)
             groups.append(F.batch_norm(group, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps))
-            sums += statistics
+            sums = statistics.double() if sums is None else sums + statistics
         # Assigned, not added: activation checkpointing runs the forward again during backward.
         self.group_sums = sums
-        return torch.cat(groups)
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
 
     @torch.no_grad()
     def update_running(self, mean: Tensor, variance: Tensor) -> None:

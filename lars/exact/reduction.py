@@ -71,12 +71,12 @@ class OrderFreeSum:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         self.had += torch.tensor([p.grad is not None for p in self.parameters])
         torch.cat([g.reshape(-1) for g in grads], out=self.flat)
-        fits = True  # on a CPU a look at each chunk in cache; a GPU is not waited for
+        looks = fits = self.flat.device.type == "cpu"  # at each chunk while it is in cache; a GPU is not waited for
         for values, total in zip(
             self.flat.split(len(self.scratch_float)), self.gradients.split(len(self.scratch_float))
         ):
             rounded, whole = self.scratch_float[: len(values)], self.scratch_int[: len(values)]
-            if self.flat.device.type == "cpu":
+            if looks:
                 least, most = values.aminmax()
                 fits &= -(2.0**RANGE_BITS) < least.item() and most.item() < 2.0**RANGE_BITS  # NaN compares false
             torch.mul(values, self.scale, out=rounded)
@@ -86,7 +86,7 @@ class OrderFreeSum:
             else:
                 total.copy_(rounded)
         self.begun = True
-        if not fits or self.flat.device.type != "cpu":
+        if not fits:
             largest = torch.stack(torch._foreach_norm(grads, math.inf))
             self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
         for p in self.parameters:

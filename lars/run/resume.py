@@ -89,7 +89,9 @@ def resume(
     then = state.trajectory | {"data fingerprint": state.data_fingerprint}
     checkpoint.check_same_run(then, recipe, data_fingerprint)
     holds = peers.rank == holder
-    weights, momentum = peers.together(lambda: _read(found, recipe, model) if holds else (None, None))
+    weights, momentum = peers.together(
+        lambda: read_fitting(found.path, state, recipe, model) if holds else (None, None)
+    )
     checkpoint.load_weights(peers.broadcast_tensors(weights, holder), state, model)
     for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
         peers.copy_file(run / name, holder, 0)
@@ -98,20 +100,22 @@ def resume(
     return state, peers.broadcast_tensors(momentum, holder)
 
 
-def _read(found: Found, recipe: Recipe, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and momentum for a plain model and the optimizer of its parameters.
+def read_fitting(
+    path: Path, state: checkpoint.State, recipe: Recipe, model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint's weights and momentum, for a plain model and the optimizer of its parameters.
 
     Raises:
         RecipeError: they do not fit. The hashes are right, so no disk did it; people have to decide what was meant.
     """
     try:
-        tensors = checkpoint.read(found.path)
-        odd = _misfit(found.state, *tensors, model, build_optimizer(recipe, model))
+        tensors = checkpoint.read(path)
+        odd = _misfit(state, *tensors, model, build_optimizer(recipe, model))
     except (SafetensorError, OSError) as error:
         odd = one_line(error)
     if odd:
         raise RecipeError(
-            f"{found.path} was altered: its hashes are right, but it does not fit the model ({odd}). Remove it to go "
+            f"{path} was altered: its hashes are right, but it does not fit the model ({odd}). Remove it to go "
             "on from the one before, or give this run its own run_dir=..."
         )
     return tensors

@@ -38,9 +38,7 @@ class Watchdog:
         self.peers, self.seconds, self.give_up = peers, runtime.hang_seconds, give_up
         self.compiles, self.first = runtime.compile, None  # the first step compiles, for as long as that takes
         self.tick = min(1.0, self.seconds / 4)
-        observers = {0, peers.processes - 1}
-        self.observes = peers.rank in observers or peers.processes <= _EACH_OTHER
-        self.watched = sorted((set(range(peers.processes)) if self.observes else observers) - {peers.rank})
+        self.watch_over(peers.processes)
         self.ticks, self.moved = 0, 0  # own ticks so far, and when the main thread last moved
         self.started = False  # no process hangs before its first pass: an engine may take its time to start
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
@@ -58,6 +56,12 @@ class Watchdog:
             peers.gather(None)  # from here on there is a sign of everybody
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
+
+    def watch_over(self, processes: int) -> None:
+        """Whether this process observes all of so many, and whose signs it looks at."""
+        observers = {0, processes - 1}
+        self.observes = self.peers.rank in observers or processes <= _EACH_OTHER
+        self.watched = sorted((set(range(processes)) if self.observes else observers) - {self.peers.rank})
 
     def at(self, step: int, part: int) -> None:
         """The main thread has come to a pass (or a part of an evaluation) of a step."""

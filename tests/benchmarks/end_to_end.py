@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.end_to_end [--json] [--rounds 3]`: whole runs beside those of three usual ways to train.
 
 The same model, photographs, augmentation, precision, number of processes and of decoding processes, one thread each,
-in turns and clocked from outside: images/s after three steps, CPU seconds an image, seconds and CPU seconds to the
+in turns and clocked from outside: images/s after three steps, CPU seconds of the run, seconds and CPU seconds to the
 first step (launcher included), the most memory of all processes together (PSS), images/s of the evaluation. Ours runs
 with its default keys. Medians over the rounds; ratios are ours to the fastest rival.
 """
@@ -29,7 +29,7 @@ from benchmarks import photos
 
 RIVALS = ("timm", "torchvision", "accelerate")
 WARM = 3  # steps before the clock of the rate starts
-# name: model, size, batch of a process, steps, images for training
+# name: model, size, batch of a process, steps
 CASES: dict[str, tuple[str, int, int, int]] = {
     "mobilenetv3_small_050 at 128": ("mobilenetv3_small_050", 128, 32, 40),
     "resnet50 at 224": ("resnet50", 224, 16, 8),
@@ -45,7 +45,7 @@ def ours(case: tuple[str, int, int, int], processes: int, data: Path, run: Path)
         "model.kwargs={}",
         f"model.image_size={size}",
         f"data.path={data / 'parquet'}",
-        f"data.workers={1}",
+        "data.workers=1",
         "augment.crop=random_resized_crop",
         "augment.scale=[0.08, 1.0]",
         "augment.ratio=[0.75, 1.3333333333333333]",
@@ -133,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         photos.write(data / "parquet", IMAGES, data / "folder" / "train")
-        photos.write(data / "other", IMAGES // 10 * 1, data / "folder" / "validation")
+        photos.write(data / "other", IMAGES // 10, data / "folder" / "validation")
         for name, case in CASES.items():
             for processes in (1, 2):
                 told: dict[str, list[dict[str, float]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -223,6 +224,15 @@ def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path, recipe: Recipe
     os.utime(file, ns=(1, 1))
     batches = evaluation_batches(val, mine, 50, range(4))
     with pytest.raises(DataError, match="has changed since the run began"):
+        next(batches)
+    batches.close()
+
+
+def test_another_footer_than_the_index_was_made_from_stops_it(recipe: Recipe, index: Index) -> None:
+    """A process reads the footers of its files itself; `then` is what rank 0 saw."""
+    then = tuple(footer._replace(sha256="0" * 64) for footer in index.footers)
+    batches = batches_of(recipe, dataclasses.replace(index, footers=then), [range(96)], 0, 1)
+    with pytest.raises(DataError, match="has another footer than when the run began"):
         next(batches)
     batches.close()
 

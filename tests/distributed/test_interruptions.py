@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, Ranks, play, start_ranks
+import torch.distributed as dist
+from conftest import DEMO, RANKS, Ranks, free_port, play, start_ranks
 
+from lars.run.peers import Peers
 from lars.run.reading import read_lines, read_result
+from lars.run.vote import Vote
 
 RECIPE = DEMO / "resnet50.yaml"
 
@@ -33,6 +36,34 @@ def slow_passes() -> None:
         return forward(self, images, labels, step, index)
 
     Engine.forward = slow
+
+
+CASTS = 12
+
+
+def cast_votes(rank: int, processes: int, port: int, place: Path) -> None:
+    """In a process of its own: say yes in every third vote, if it is this rank's turn, and write down the answers."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    vote = Vote(Peers())
+    answers = [vote.cast(turn % 3 == 0 and turn % processes == rank) for turn in range(CASTS)]
+    (place / str(rank)).write_text(str(answers))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_one_yes_is_everybodys_answer_one_vote_later(processes: int, tmp_path: Path) -> None:
+    """Whoever says it: 5 is no power of two, and three rounds are needed to reach all."""
+    port = free_port()
+    voters = [RANKS.Process(target=cast_votes, args=(r, processes, port, tmp_path)) for r in range(processes)]
+    for voter in voters:
+        voter.start()
+    for voter in voters:
+        voter.join(120)
+    assert [voter.exitcode for voter in voters] == [0] * processes
+    expected = [False] + [turn % 3 == 0 for turn in range(CASTS - 1)]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(processes)] == [str(expected)] * processes
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lars.commands import reproduce
 from lars.commands.preflight import check_room
 from lars.recipe import config
 from lars.recipe.refusal import RecipeError
-from lars.run import checkpoint, peers
+from lars.run import checkpoint, peers, watchdog
 from lars.run.reading import read_lines, read_result
 from lars.run.signals import StopRequest
 from lars.run.watchdog import Watchdog
@@ -131,6 +131,43 @@ def test_the_one_behind() -> None:
     watchdog.at(4, 3)
     watchdog._sign()
     assert "rank 1 of 2 came no further than step 5, pass 2" in watchdog._behind()
+
+
+@promised(
+    "Processes",
+    (
+        "a process of more than 64 that is gone",
+        "the first and the last process look at all others, the rest at these two, and it is named",
+    ),
+)
+def test_two_watch_over_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_EACH_OTHER", 3)
+    asked: list[list[str]] = []
+
+    class Store(Exchange):
+        def multi_get(self, keys: list[str]) -> list[str]:
+            asked.append(keys)
+            return super().multi_get(keys)
+
+    def of(rank: int, processes: int) -> Watchdog:
+        peers = SimpleNamespace(processes=1, rank=rank, name=str, nodes=["n"] * processes, leads_node=True)
+        one = Watchdog(peers, SimpleNamespace(hang_seconds=600, compile=False), print)
+        one.end()
+        one.watch_over(processes)
+        one.store = Store('[9, 4, 2, ""]')
+        one.store.signs |= {f"alive {other}": '[9, 4, 2, ""]' for other in range(processes)}
+        return one
+
+    watched = {rank: of(rank, 4).watched for rank in range(4)} | {"of three": of(1, 3).watched}
+    assert watched == {0: [1, 2, 3], 1: [0, 3], 2: [0, 3], 3: [0, 1, 2], "of three": [0, 2]}
+    last = of(3, 4)
+    assert last._silent(30) is None
+    last.ticks += 30
+    last.store.signs |= {"alive 0": '[39, 4, 2, ""]', "alive 1": '[39, 4, 2, ""]'}
+    assert last._silent(30) == "rank 2 on n is gone or stopped"
+    other = of(1, 4)
+    asked.clear()
+    assert other._silent(30) is None and asked == [["alive 0", "alive 3"]]
 
 
 @promised(
