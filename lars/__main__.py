@@ -8,6 +8,7 @@ from importlib import import_module
 from lars.run.progress import outlive_output
 
 VERBS = {
+    "new": ("lars.commands.new", "a recipe for a folder of your own images"),
     "plan": ("lars.plan.plan", "how long a recipe takes on a cluster, and how much memory"),
     "keys": ("lars.commands.keys", "every key of a recipe, with its neutral value, limit and unit"),
     "doctor": ("lars.commands.doctor", "are these machines ready? On all nodes, started like a run"),
@@ -15,6 +16,8 @@ VERBS = {
     "reproduce": ("lars.commands.reproduce", "check, train or resume a recipe, and judge what it reached"),
     "prove": ("lars.commands.prove", "one recipe at 1, 2 and 4 processes, and killed and resumed: one hash"),
     "verify": ("lars.commands.verify", "train somebody's run again and say whether it is the same run"),
+    "evaluate": ("lars.commands.evaluate", "top-1 of a run or a model of timm, in all and class by class"),
+    "predict": ("lars.commands.predict", "what a trained model sees in pictures"),
     "export": ("lars.commands.export", "a run's weights as a folder that plain timm loads"),
     "report": ("lars.report.report", "compare runs, with curves and one HTML page"),
     "ledger": ("lars.commands.ledger", "put finished runs into the results of their recipe"),

@@ -137,7 +137,7 @@ class Training:
         self.writer.wait(needed=True)
         self.folder.end("finished", weights_sha256=self.digest, **self.position())
         top1 = f"top-1 {self.evaluation['top1']:.2f} %"
-        progress.note(f"finished: {self.step} steps, weights {self.digest[:16]}, {top1}")
+        progress.note(f"finished: {self.step} steps, weights {self.digest[:16]}, {top1}\n{self.folder.what_next}")
         return 0
 
     def batches(self, slots: list[range]) -> Loader:
@@ -172,7 +172,7 @@ class Training:
         if sums.bad_gradients or sums.bad_floats:
             self.explain(sums, slots)
         self.engine.update_statistics(sums.floats[1:] / (self.plan.global_batch // (self.plan.bn_group or 1)))
-        if not self.engine.step(lr):
+        if not self.engine.step(lr, self.step + 1):
             self.explain(sums, slots)
         self.samples_hash = (self.samples_hash + sums.counts[0]) % 2**64
         self.step, self.bad_images = self.step + 1, self.bad_images + sums.counts[1]
@@ -214,7 +214,7 @@ class Training:
         self.evaluation = {"step": self.step, "top1": result["top1"], "top5": result["top5"]}
         self.folder.log("eval", step=self.step, epoch=(epoch := self.position()["epochs"]), **result)
         self.mllog.evaluation(self.step, time.perf_counter() - started, result["top1"])
-        progress.note(f"epoch {epoch:.2f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+        progress.note(f"epoch {epoch:.2f}: {evaluation.line}")
         return True
 
     def save(self) -> None:

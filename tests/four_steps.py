@@ -21,8 +21,9 @@ def weights() -> list[torch.nn.Parameter]:
 
 
 def gradients(step: int) -> list[torch.Tensor]:
+    like = weights()  # which seeds too
     torch.manual_seed(100 + step)
-    return [torch.randn_like(p) for p in weights()]
+    return [torch.randn_like(p) for p in like]
 
 
 def steps(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -32,6 +33,7 @@ def steps(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) ->
             p.grad = g
         for group in optimizer.param_groups:
             group["lr"] = rate
+        optimizer.updates = step + 1
         optimizer.step()
     return [p.detach() for p in params]
 

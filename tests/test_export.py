@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT
 
-from lars.commands.export import main, trained_model
+from lars.commands import evaluate, predict
+from lars.commands.export import main
+from lars.commands.subject import pixels_of, subject
 from lars.data.augment import evaluation_image
-from lars.recipe import config
 from lars.run.reading import read_lines, read_result
 
 PLAIN_TIMM = """
@@ -54,15 +56,13 @@ def test_plain_timm_gives_the_run_s_logits_and_top1(
     theirs = torch.load(tmp_path / "theirs", weights_only=True)
     assert theirs["top1"] == pytest.approx(read_lines(run / "metrics.jsonl", "eval")[-1]["top1"])
 
-    recipe = config.load(DEMO / "resnet50.yaml", list(tiny))
-    model, _ = trained_model(run, recipe)
+    of = subject(Namespace(subject=str(run), recipe=DEMO / "resnet50.yaml", data=str(data), ema=False))
     pixels = [
-        torch.from_numpy(evaluation_image(row["image"]["bytes"], recipe.augment, recipe.model.image_size).copy())
+        torch.from_numpy(evaluation_image(row["image"]["bytes"], of.recipe.augment, of.recipe.model.image_size).copy())
         for row in pq.read_table(images).to_pylist()
     ]
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
     with torch.no_grad():
-        ours = model((torch.stack(pixels).permute(0, 3, 1, 2).float() - mean) / std)
+        ours = of.model(pixels_of(torch.stack(pixels).permute(0, 3, 1, 2), of.recipe.augment))
     # timm normalises pixels of 0 ... 1, which rounds each once more (2^-24); no net enlarges that a thousandfold
     assert torch.allclose(ours, theirs["logits"], atol=1e-4)
 
@@ -75,3 +75,87 @@ def test_a_run_without_a_checkpoint_is_refused_in_a_line(
     assert main([str(tmp_path), "--recipe", str(DEMO / "resnet50.yaml")]) == 2
     assert "has no checkpoint that is whole: train it again" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_evaluate_gives_the_run_s_numbers_class_by_class_and_so_does_its_export(
+    tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, data = tiny_runs[2], data_of(tiny)
+    of = [str(run), "--recipe", str(DEMO / "resnet50.yaml"), "--data", str(data)]
+    assert evaluate.main([*of, "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run/evaluation.json").read_text())
+    line = read_lines(run / "metrics.jsonl", "eval")[-1]
+    assert (found["top1"], found["top5"], found["images"]) == (line["top1"], line["top5"], line["images"])
+    assert found["loss"] == line["loss"]  # the same chunks and threads, so the same bits
+    labels = pq.read_table(data / "validation-00000-of-00001.parquet")["label"].to_pylist()
+    assert [sum(row) for row in found["confusion"]] == [labels.count(label) for label in range(10)]
+    right = sum(row[label] for label, row in enumerate(found["confusion"]))
+    assert 100 * right / len(labels) == pytest.approx(line["top1"])
+    assert sum(x["top1"] * x["images"] for x in found["classes"]) / len(labels) == pytest.approx(line["top1"], abs=0.01)
+    assert found["classes"][0]["class"] == "T-shirt / top" and (tmp_path / "run/confusion.png").stat().st_size > 10_000
+
+    assert main([*of, "--out", str(tmp_path / "export")]) == 0
+    model = ["local-dir:" + str(tmp_path / "export"), "--data", str(data), "--out", str(tmp_path / "model")]
+    assert evaluate.main(model) == 0
+    exported = json.loads((tmp_path / "model/evaluation.json").read_text())
+    assert (exported["top1"], exported["confusion"]) == (found["top1"], found["confusion"])
+    assert exported["weights_sha256"] == found["weights_sha256"] == read_result(run)["weights_sha256"]
+
+    row = pq.read_table(data / "validation-00000-of-00001.parquet").to_pylist()[0]
+    (tmp_path / "one.png").write_bytes(row["image"]["bytes"])
+    capsys.readouterr()
+    assert predict.main([*of, str(tmp_path / "one.png"), "--json", "--top", "10"]) == 0
+    told = json.loads(capsys.readouterr().out)["classes"]
+    assert (
+        len(told) == 10
+        and sum(told.values()) == pytest.approx(1)
+        and list(told.values()) == sorted(told.values())[::-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["evaluate", "nowhere"], "neither the folder of a run nor a model of timm"),
+        (["evaluate", "local-dir:nowhere"], "local-dir:nowhere cannot be loaded"),
+        (["evaluate", "RUN", "--ema"], "keeps no moving average"),
+        (["evaluate", "RUN", "--data", "/nowhere"], "data.path=/nowhere: no such folder"),
+        (["evaluate", "RUN", "--split", "test"], "has no split 'test'"),
+        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg: no such file"),
+        (["predict", "RUN", "TEXT"], "is no image that can be read"),
+        (["predict", "resnet50", "TEXT", "--ema"], "leave them out for resnet50"),
+    ],
+)
+def test_what_cannot_be_is_a_line(
+    command: list[str],
+    words: str,
+    tiny: tuple[str, ...],
+    tiny_runs: dict[int, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    verb, *given = (str({"RUN": tiny_runs[1], "TEXT": tmp_path / "text.jpg"}.get(word, word)) for word in command)
+    if given[0] == str(tiny_runs[1]):
+        given += ["--recipe", str(DEMO / "resnet50.yaml"), *(["--data", str(data_of(tiny))] * ("--data" not in given))]
+    assert {"evaluate": evaluate, "predict": predict}[verb].main(given) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.long
+def test_evaluate_is_the_same_on_two_processes(
+    tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path
+) -> None:
+    of = [str(tiny_runs[1]), "--recipe", str(DEMO / "resnet50.yaml"), "--data", str(data_of(tiny))]
+    assert evaluate.main([*of, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu-2.yaml"]
+    done = subprocess.run(
+        [*launch, "-m", "lars", "evaluate", *of, "--out", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one == two

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import ROOT
 
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
+from lars.recipe.refusal import RecipeError
 from lars.recipe.schedule import Schedule
 
 IMAGENET = 1_281_167
@@ -32,6 +34,53 @@ def test_linear_warmup_and_decay_from_its_end_are_continuous() -> None:
 
 def test_without_warmup_it_starts_at_the_full_rate() -> None:
     assert Schedule(0.1, 0.0, 0, 1, "start", 10, 1, 0.0).rate(0) == 0.1
+
+
+def test_cosine_is_torch_s() -> None:
+    rate = Schedule(0.8, 0.0, 0, 1, "start", 40, 1, 0.01, "cosine").rate
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], 0.8), 40, eta_min=0.01)
+    for step in range(41):
+        # theirs is a chain of 40 products and ours one expression: 40 roundings of 2^-53 and a few of the cosine
+        assert rate(step) == pytest.approx(theirs.get_last_lr()[0], rel=0, abs=0.8 * 100 * 2.0**-53)
+        theirs.optimizer.step()
+        theirs.step()
+    assert rate(41) == 0.01
+
+
+def test_steps_are_torch_s_and_exact() -> None:
+    rate = Schedule(0.8, 0.0, 5, 1, "start", 1, 1, 0.0, "step", milestones=(10.0, 20.5), gamma=0.5).rate
+    assert [rate(step) for step in (5, 9, 10, 20, 21)] == [0.8, 0.8, 0.4, 0.4, 0.2]
+
+
+def test_warm_up_then_stable_then_decay() -> None:
+    recipe = config.load(
+        ROOT / "recipes/demo/alexnet.yaml", ["schedule.hold_epochs=3", "schedule.decay_from=warmup_end"]
+    )
+    plan = BatchPlan.of(recipe, 1000 * recipe.global_batch, 1)
+    rate, epoch, warmup = Schedule.of(recipe, plan).rate, 1000, recipe.schedule.warmup_epochs
+    held, last = (warmup + 3) * epoch, plan.steps
+    assert {rate(step) for step in (warmup * epoch, held - 1, held)} == {recipe.optimizer.lr}
+    assert rate(held + 1) < recipe.optimizer.lr
+    left = (last - 1 - held) / (last - held)
+    assert rate(last - 1) == pytest.approx(recipe.optimizer.lr * (1 - left) ** recipe.schedule.power, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("schedule.shape=cosine schedule.power=2", "power: 1"),
+        ("schedule.shape=step schedule.power=1", "milestones"),
+        ("schedule.milestones=[3]", "milestones"),
+        ("schedule.shape=step schedule.power=1 schedule.milestones=[5,3]", "grow"),
+        ("schedule.shape=step schedule.power=1 schedule.milestones=[3] schedule.end_lr=0.1", "end_lr"),
+        ("schedule.hold_epochs=1e6", "leaves nothing"),
+        ("schedule.shape=cosin", "cosine"),
+    ],
+)
+def test_a_key_without_use_is_refused(wrong: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        config.load(ROOT / "recipes/demo/alexnet.yaml", wrong.split())
 
 
 def test_the_alexnet_recipe_jumps_from_32_to_25_92() -> None:

@@ -2,6 +2,7 @@
 
 SOURCE is one of
 - an image folder: train/<class>/* and val/ or validation/<class>/*; classes are numbered in the order of their names;
+- a folder of classes alone, <class>/*, with --val-share: that share of each class becomes the validation split;
 - a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which are read in place, never unpacked; the
   validation labels come from ILSVRC2012_devkit_t12.tar.gz beside them or from --val-labels;
 - a Hub id, a folder or an address of Parquet files, which are copied byte for byte: the fingerprint stays the same.
@@ -27,7 +28,7 @@ import pyarrow as pa
 
 from lars.data.conversion import FORM, begun, carry_out, still_to_write, write_json
 from lars.data.ilsvrc_tars import TARS, ilsvrc_tars
-from lars.data.image_folder import SPLITS, image_folder, split_folders
+from lars.data.image_folder import SPLITS, divided_folder, image_folder, split_folders
 from lars.data.originals import Originals, check_name
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
@@ -36,7 +37,12 @@ from lars.recipe.refusal import RecipeError, one_line
 from lars.run.lock import LockLost, RunLock
 
 # What does nothing for a kind of source.
-_IDLE = {"images": ("val_labels", "revision"), "tars": ("revision",), "parquet": ("val_labels", "file_mb")}
+_IDLE = {
+    "classes": ("val_labels", "revision", "split"),
+    "images": ("val_labels", "revision", "val_share"),
+    "tars": ("revision", "val_share"),
+    "parquet": ("val_labels", "file_mb", "val_share"),
+}
 
 
 def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
@@ -45,10 +51,12 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
     splits = [split for split in SPLITS if split in (args.split or SPLITS)]
     folders = split_folders(source)
     kind = _kind(source, folders)
+    if kind == "parquet" and args.val_share is not None and source.is_dir():
+        kind = "classes"
     _check_options(args, kind)
     if source.is_file():
         raise RecipeError(f"SOURCE={source} is a file: give the folder that it is in")
-    for folder in [source] if kind == "parquet" else folders:
+    for folder in [source] if kind in ("parquet", "classes") else folders:
         if source.is_dir() and Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(folder)):
             raise RecipeError(f"OUT={args.out} lies in SOURCE: give another place")
     if kind == "parquet":
@@ -58,13 +66,18 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
     else:
         writers = ["pyarrow"]
         print("convert: listing the images", flush=True)
-        found = ilsvrc_tars(source, splits, args.val_labels) if kind == "tars" else image_folder(source, splits)
+        if kind == "classes":
+            found = divided_folder(source, args.val_share)
+        else:
+            found = ilsvrc_tars(source, splits, args.val_labels) if kind == "tars" else image_folder(source, splits)
         found.check()
         _say_found(found)
         jobs, identity = packs(args.out, found, args.file_mb or 500)
     if args.resize:
         writers = ["pyarrow", "pillow", "simplejpeg"]
     options = {"kind": kind, "split": splits, "resize": args.resize, "quality": args.resize and (args.quality or 90)}
+    if args.val_share is not None:
+        options["val_share"] = args.val_share
     writer = ", ".join(f"{package} {version}" for package, version in versions(writers).items()) or None
     return jobs, {"form": FORM, **options, "writer": writer, **identity}
 
@@ -87,6 +100,8 @@ def _check_options(args: argparse.Namespace, kind: str) -> None:
         if value is not None and name in idle:
             why = f"({kind}, {'' if args.resize else 'no '}--resize)"
             raise RecipeError(f"{option} does nothing here {why}: leave it out")
+        if name == "val_share" and value is not None and not 0 < value < 1:
+            raise RecipeError(f"{option} {value}: give a share between 0 and 1, as in 0.2")
         if isinstance(value, int) and value < 1 or name == "quality" and value and value > 100:
             raise RecipeError(f"{option} {value}: give {'1 to 100' if name == 'quality' else '1 or more'}")
 
@@ -133,6 +148,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     add("--split", action="append", choices=list(SPLITS), help="only this one (default: both)")
     add("--resize", type=int, metavar="S", help="bring the shorter side to S pixels if it is larger, as JPEG")
     add("--quality", type=int, metavar="Q", help="of these JPEGs (default: 90)")
+    add("--val-share", type=float, metavar="SHARE", help="of each class, where there are no folders train/ and val/")
     add("--val-labels", type=Path, metavar="FILE", help="Kaggle's LOC_val_solution.csv, or lines `name wnid`")
     add("--revision", help="of a Hub data set: branch, tag or commit")
     add("--file-mb", type=int, metavar="MB", help="of images (before --resize) in each file (default: 500)")

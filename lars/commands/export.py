@@ -1,63 +1,42 @@
 """`lars export RUN`: a run's weights as a folder that plain timm loads, without this project.
 
-    lars export runs/demo/alexnet/seed-0
+    lars export runs/demo/alexnet/seed-0 --onnx
 
 writes RUN/export: `model.safetensors`, `config.json` (architecture, mean, std, crop, interpolation, names of the
-classes) and the `model.py` that registers the architecture, if the recipe has one. Then, anywhere:
+classes), the `model.py` that registers the architecture, if the recipe has one, and README.md, a model card. Then,
+anywhere:
 
     model = timm.create_model("local-dir:runs/demo/alexnet/seed-0/export", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
-RUN is read as data, as in `lars verify`: the recipe and its `model.py` are those of this repository, or `--recipe`.
+`--onnx` adds model.onnx, for any number of images at once, and compares its logits with the model's own. Whether the
+world may see it is yours to say: `hf upload USER/NAME RUN/export` puts the folder on the Hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from lars.commands.verify import overrides_of, recipe_of
+from lars.commands.subject import Subject, add_arguments, pixels_of, subject
+from lars.data.augment import evaluation_image
+from lars.data.decode import BadImage
 from lars.data.index import resolve
-from lars.engine.build import build_model
-from lars.recipe import config
-from lars.recipe.keys import Data, Recipe
+from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
-from lars.run import checkpoint
 from lars.run.folder import weights_sha256
 from lars.run.reading import read_result
-from lars.run.resume import read_fitting
 
-
-def trained_model(run: Path, recipe: Recipe) -> tuple[nn.Module, checkpoint.State]:
-    """The model in evaluation mode, with the weights of the newest whole checkpoint.
-
-    Raises:
-        RecipeError: there is none, it is of another model, or the model cannot be built.
-    """
-    found = ((path, state) for path in reversed(checkpoint.saved(run)) if (state := checkpoint.verified(path)))
-    path, state = next(found, (None, None))
-    if path is None or state is None:
-        raise RecipeError(f"{run} has no checkpoint that is whole: train it again, or fetch its checkpoints/ folder")
-    model, _ = build_model(recipe)
-    weights, _ = read_fitting(path, state, recipe, model)
-    checkpoint.load_weights(weights, state, model)
-    return model.eval(), state
-
-
-def class_names(data: Data) -> list[str] | None:
-    """As the data set's own schema has them; None where the data are not here, or have none."""
-    try:
-        schema = pq.read_schema(resolve(data)[data.train_split][0])
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][data.label_column]
-        return [str(name) for name in told["names"]]
-    except (RecipeError, OSError, KeyError, TypeError, ValueError):
-        return None
+_COMPARED = 64  # images
 
 
 def write_export(model: nn.Module, recipe: Recipe, names: list[str] | None, model_file: Path, out: Path) -> None:
@@ -81,25 +60,104 @@ def write_export(model: nn.Module, recipe: Recipe, names: list[str] | None, mode
         shutil.copyfile(model_file, out / "model.py")
 
 
+def write_onnx(of: Subject, file: Path) -> str:
+    """The model for onnxruntime; what a comparison of its logits with the model's own has found.
+
+    Raises:
+        RecipeError: a package is missing, or the logits differ by more than rounding.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise RecipeError(f"--onnx needs {error.name}: pip install onnx onnxruntime onnxscript") from None
+    size = of.recipe.model.image_size
+    any_number = ({0: torch.export.Dim("images")},)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that are not used
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            of.model,
+            (torch.zeros(2, 3, size, size),),
+            str(file),
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=any_number,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    pixels, which = _some_pixels(of)
+    with torch.no_grad():
+        ours = of.model(pixels)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    theirs = torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+    away, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    if away > 1e-3 * largest:  # rounding is far below: 1e5 additions in another order, sqrt(1e5) * 2^-24 = 2e-5
+        raise RecipeError(f"{file} gives other logits than the model: {away:.2g} off, of at most {largest:.2g}")
+    return f"onnxruntime's logits of {len(pixels)} {which} are at most {away:.1e} off, of at most {largest:.2g}"
+
+
+def _some_pixels(of: Subject) -> tuple[Tensor, str]:
+    """Images of the validation split as the model has them, or noise where the data are not here."""
+    augment, size, images = of.recipe.augment, of.recipe.model.image_size, []
+    try:
+        file = resolve(of.recipe.data)[of.recipe.data.val_split][0]
+        rows = pq.ParquetFile(file).read_row_group(0, columns=[of.recipe.data.image_column]).slice(0, _COMPARED)
+        for image in rows[of.recipe.data.image_column].to_pylist():
+            pixels = evaluation_image(image["bytes"], augment, size)
+            images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    except (RecipeError, OSError, KeyError, BadImage):
+        pass
+    if images:
+        return pixels_of(torch.stack(images), augment), "validation images"
+    return torch.randn(_COMPARED, 3, size, size), "images of noise"
+
+
+def model_card(of: Subject, result: dict[str, Any], digest: str) -> str:
+    """What a stranger has to know of the weights, from the run itself."""
+    recipe, top1 = of.recipe, result.get("top1")
+    score = f"{top1:.2f} % of the validation split, of this run alone" if top1 is not None else "not evaluated"
+    rows = {
+        "architecture": f"timm's `{recipe.model.name}`, {recipe.model.num_classes} classes, "
+        f"{recipe.model.image_size} pixels",
+        "recipe": f"`{recipe.name}`, seed {recipe.seed}: {recipe.optimizer.name}, batch {recipe.global_batch}, "
+        f"{recipe.epochs:g} epochs; {of.steps} steps done",
+        "top-1": score,
+        "reproducibility": str(result.get("reproducibility")),
+        "weights_sha256": f"`{digest}`",
+        "data": f"`{recipe.data.path}`, fingerprint `{result.get('data_fingerprint')}`",
+        "trained by": f"`accelerate launch recipes/train.py --config recipes/{recipe.name}.yaml`, "
+        f"commit `{result.get('commit')}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"---\nlibrary_name: timm\ntags: [image-classification, timm]\n---\n# {recipe.name}\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        "Limits: it knows the classes of its training images and no other, and says one of them of every picture. Its\n"
+        "licence is bounded by that of the images, which this card does not know: say it here before you publish.\n"
+    )
+
+
 @refuses(RecipeError, OSError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--recipe", type=Path, help="its recipe's file (default: recipes/<name>.yaml)")
-    parser.add_argument("--data", help="data.path, for the names of the classes (default: the recipe's)")
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: RUN/export")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
     args = parser.parse_args(arguments)
-    result = read_result(args.run, ("recipe", "steps"))
-    recipe_file = args.recipe or recipe_of(args.run, result)
-    keys = [*overrides_of(args.run, recipe_file), *([f"data.path={args.data}"] if args.data else [])]
-    recipe = config.load(recipe_file, keys)
-    model, state = trained_model(args.run, recipe)
-    names, out = class_names(recipe.data), args.out or args.run / "export"
-    write_export(model, recipe, names, recipe_file.parent / "model.py", out)
-    digest, claimed = weights_sha256(model.state_dict()), result.get("weights_sha256")
-    whole = "the run's own result" if digest == claimed else f"step {state.step}, not the end of a finished run"
-    classes = f"{len(names)} class names" if names else "no class names (data.path is not here, or has none: --data)"
-    print(f"{out}: {recipe.model.name} after step {state.step}, weights {digest[:16]} ({whole}), {classes}")
+    of = subject(args)
+    if of.recipe_file is None:
+        raise RecipeError(f"{args.subject} is no run: timm has it already")
+    out, result = args.out or of.folder / "export", read_result(of.folder)
+    write_export(of.model, of.recipe, of.names, of.recipe_file.parent / "model.py", out)
+    digest = weights_sha256(of.model.state_dict())
+    (out / "README.md").write_text(model_card(of, result, digest))
+    whole = "the run's own result" if digest == result.get("weights_sha256") else "not the result of a finished run"
+    classes = "no class names (data.path is not here, or has none: --data)"
+    classes = f"{len(of.names)} class names" if of.names else classes
+    print(f"{out}: {of.title}, weights {digest[:16]} ({whole}), {classes}")
+    if args.onnx:
+        print(f"{out / 'model.onnx'}: {write_onnx(of, out / 'model.onnx')}")
     print(f'timm.create_model("local-dir:{out}", pretrained=True) loads it', end="")
     print(f", once {out / 'model.py'} has run" * (out / "model.py").exists())
     return 0

@@ -48,6 +48,8 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     trackers.check(recipe.trackers)
     if not checkpoint.saved(Path(recipe.run_dir)):
         pretrained.require(recipe.model.kwargs, recipe.run_dir)
+    if recipe.ema_decay and engine in ("zero3", "fsdp2"):
+        raise RecipeError(f"ema_decay averages whole weights, and {engine} keeps slices: use zero2, or leave it out")
     if recipe.augment.randaugment is not None:
         check_policy(recipe.augment.randaugment)
     if recipe.runtime.portable and recipe.precision == "bf16" and uses_cpu():

@@ -1,10 +1,13 @@
 """The images in train/<class>/ and in val/<class>/ or validation/<class>/, and in folders below.
 
+A folder of classes alone is divided: a share of each class becomes the validation split, by a hash of the names.
+
 No link is followed, because it can lead out of the tree or back into it, and nothing but a regular file is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +45,22 @@ def image_folder(folder: Path, splits: list[str]) -> Originals:
             if not rows:
                 raise RecipeError(f"{place / name} holds no image ({' '.join(ENDINGS)}): remove it, or give it some")
             images[split] += rows
+    return Originals(classes, images, left_out)
+
+
+def divided_folder(folder: Path, share: float) -> Originals:
+    """The images in folder/<class>/, this share of each class for validation; at least one for each split."""
+    left_out: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    classes = _classes_in(folder, left_out["train"])
+    images: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for label, name in enumerate(classes):
+        rows = list(_images_in(folder / name, label, left_out["train"]))
+        if len(rows) < 2:
+            raise RecipeError(f"{folder / name} holds {len(rows)} images, and two splits need one each: give it some")
+        rows.sort(key=lambda row: hashlib.sha256(os.fsencode(os.path.relpath(row.place, folder))).digest())
+        held = min(max(1, round(share * len(rows))), len(rows) - 1)
+        images["validation"] += rows[:held]
+        images["train"] += rows[held:]
     return Originals(classes, images, left_out)
 
 

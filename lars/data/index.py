@@ -73,15 +73,15 @@ class Index:
         return np.searchsorted(self.first_row, ids, side="right") - 1
 
 
-def build_indexes(data: Data, num_classes: int) -> tuple[Index, Index]:
-    """The indexes of the training and the validation split.
+def build_indexes(data: Data, num_classes: int, splits: Sequence[str] = ()) -> tuple[Index, ...]:
+    """The indexes of these splits: without any of the training and the validation split.
 
     Raises:
         RecipeError: the data set, a split, a file or a column is not there or not what the recipe says.
     """
     files = resolve(data)
     try:
-        return tuple(_build(files, data, split, num_classes) for split in (data.train_split, data.val_split))
+        return tuple(_build(files, data, split, num_classes) for split in splits or (data.train_split, data.val_split))
     except DataError as error:
         raise RecipeError(str(error)) from None
 

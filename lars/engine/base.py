@@ -2,7 +2,7 @@
 
 The base holds what is the same on all of them: device, pinned arithmetic, forward and batch-norm statistics of a pass.
 An engine says how the gradients of passes and processes come together (`wrap`, `exchange`, `backward`, `bad_gradients`,
-`step`) and where weights and optimizer state lie (`weights`, `optimizer_state`, `load_optimizer_state`).
+`update`) and where weights and optimizer state lie (`weights`, `momentum`, `load_momentum`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from lars.data.mix import group_size, mix
+from lars.engine.average import Average, averages_in, named_in_checkpoint
 from lars.exact.ghost_batchnorm import GhostBatchNorm2d
 from lars.exact.keyed import Purpose, mix64
 from lars.exact.reduction import OrderFreeSum
+from lars.optim import norms
 from lars.optim.base import Optimizer
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
@@ -42,6 +44,7 @@ class Engine(ABC):
     exchanges_gradients = True  # this engine adds them over processes itself; if not, the order-free sum does
     weights_may_be_channels_last = False  # a sharded weight is cut from contiguous memory
     reproducibility = "numeric"
+    average: Average | None = None  # of the weights, if the recipe wants one
 
     def __init__(self, recipe: Recipe, launched: Launched) -> None:
         self.recipe, self.launched = recipe, launched
@@ -90,6 +93,8 @@ class Engine(ABC):
             if not hasattr(model, "set_grad_checkpointing"):
                 raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
             model.set_grad_checkpointing()
+        if self.recipe.ema_decay:
+            self.average = Average(model, self.recipe.ema_decay)
         if self.recipe.precision == "bf16":  # inside the model: DeepSpeed turns an autocast around it off
             model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
         self.train_module = self.eval_module = self.model
@@ -134,13 +139,27 @@ class Engine(ABC):
         finite = torch.stack(torch._foreach_norm([g for _, g in named], float("inf"))).isfinite().tolist()
         return [name for (name, _), fine in zip(named, finite) if not fine]
 
-    def step(self, lr: float) -> bool:
-        """One optimizer step at this rate; False if the engine left it out because the gradient is not finite."""
+    def step(self, lr: float, number: int) -> bool:
+        """The run's `number`-th update; False if the engine left it out because the gradient is not finite."""
+        self.optimizer.updates = number
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        applied = self.update()
+        if self.average and applied:
+            self.average.update()
+        return applied
+
+    def update(self) -> bool:
+        """Clip the gradient and step; False as in `step`."""
+        if self.recipe.clip_norm:
+            self.clip([p.grad for p in self.model.parameters() if p.grad is not None], self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True
+
+    def clip(self, grads: list[Tensor], limit: float) -> None:
+        """Scale the whole gradient to a norm of at most `limit`."""
+        norms.clip(grads, limit)
 
     def trust_ratios(self) -> dict[str, float]:
         """{parameter name: trust ratio in the last step}; all processes call it together, each may hold only a part."""
@@ -153,6 +172,20 @@ class Engine(ABC):
         return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the weights: `momentum`, and their average if there is one."""
+        return self.momentum() | (named_in_checkpoint(self.average.averages) if self.average else {})
+
+    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+        """The reverse of `optimizer_state`."""
+        averages = averages_in(saved)
+        self.load_momentum(
+            {name: tensor for name, tensor in saved.items() if name not in named_in_checkpoint(averages)}
+        )
+        if self.average:
+            for name, tensor in averages.items():
+                self.average.averages[name].copy_(tensor)
+
+    def momentum(self) -> dict[str, Tensor]:
         """{`state_key` of the optimizer: whole tensor}; all processes call it together. Empty before the first step.
 
         After it a parameter that had no gradient yet has zeros, so that one that is missing is a fault.
@@ -162,8 +195,8 @@ class Engine(ABC):
         kinds = self.optimizer.state_tensors
         return {key(n, kind): state[p][kind] if p in state else torch.zeros_like(p) for n, p in named for kind in kinds}
 
-    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
-        """The reverse of `optimizer_state`."""
+    def load_momentum(self, saved: dict[str, Tensor]) -> None:
+        """The reverse of `momentum`."""
         for name, p in self.model.named_parameters():
             for kind in self.optimizer.state_tensors:
                 if (whole := saved.get(self.optimizer.state_key(unwrapped_name(name), kind))) is not None:

@@ -40,6 +40,12 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, list[GhostBatchNorm2d]]:
         model = timm.create_model(name, num_classes=recipe.model.num_classes, **kwargs)
     except Exception as error:  # whatever a model makes of arguments that it does not know or cannot use
         raise RecipeError(f"model.name={name} cannot be built with model.kwargs={kwargs}: {one_line(error)}") from None
+    for beginning in recipe.model.frozen:
+        if not (named := [p for n, p in model.named_parameters() if n.startswith(beginning)]):
+            first = next(iter(model.state_dict()), "nothing")
+            raise RecipeError(f"model.frozen: no parameter of {name} begins with {beginning!r}; the first is {first}")
+        for p in named:
+            p.requires_grad_(False)
     try:
         return model, convert(model, recipe.bn_group)
     except ValueError as error:

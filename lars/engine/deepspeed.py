@@ -14,6 +14,7 @@ from lars.optim.base import Optimizer
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Launched
+from lars.recipe.refusal import RecipeError
 
 _OPTIMIZERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
@@ -33,7 +34,10 @@ class DeepSpeed(Engine):
         config = self.accelerator.deepspeed_plugin.deepspeed_config
         self.whole = {}
         if config.get("bf16", {}).get("enabled"):  # it rounds the weights and makes float32 masters of what is left
+            if self.average:
+                raise RecipeError("ema_decay averages float32 weights: take the bf16 section out of the launch file")
             self.whole = {p: p.detach().clone() for p in self.model.parameters()}
+        config["gradient_clipping"] = clip_norm = self.recipe.clip_norm or 0.0
         config["train_micro_batch_size_per_gpu"] = plan.micro_batch
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = plan.passes_per_process
         self.train_module, _ = self.accelerator.prepare(self.model, optimizer)
@@ -43,7 +47,7 @@ class DeepSpeed(Engine):
         wanted = _OPTIMIZERS.get(self.stage, type(optimizer).__name__)
         if low_precision and self.stage == 1:
             wanted = "BF16_Optimizer"
-        assert built == (self.stage, wanted, 0.0), built
+        assert built == (self.stage, wanted, clip_norm), built
         assert low_precision or engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
         passes = engine.gradient_accumulation_steps()
         batches = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), passes)
@@ -59,12 +63,11 @@ class DeepSpeed(Engine):
         self.train_module.backward(loss)
 
     def bad_gradients(self) -> list[str]:
-        """Stage 0 has whole gradients; the sharded stages look at the norm of all in `step` and leave the step out."""
+        """Stage 0 has whole gradients; the sharded stages look at the norm of all in `update`, and leave it out."""
         return super().bad_gradients() if self.stage == 0 else []
 
-    def step(self, lr: float) -> bool:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def update(self) -> bool:
+        """DeepSpeed clips the gradient itself."""
         self.train_module.step()
         if self.stage == 3:  # where a layer had no gradient in a step, the next one would find the last one's here
             self.train_module.optimizer.grad_partitions_flat_buffer.zero_()
@@ -94,9 +97,9 @@ class DeepSpeed(Engine):
                 copies[p] = p.detach().clone()
         return copies
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def momentum(self) -> dict[str, Tensor]:
         if self.stage == 0:
-            return super().optimizer_state()
+            return super().momentum()
         state, whole = self.optimizer.state, {}
         if not any(state.values()):
             return {}
@@ -106,13 +109,13 @@ class DeepSpeed(Engine):
                 whole[self.optimizer.state_key(names[p], kind)] = flat.view(getattr(p, "ds_shape", p.shape))
         return whole
 
-    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+    def load_momentum(self, saved: dict[str, Tensor]) -> None:
         state, layout, key = self.optimizer.state, self.optimizer.layout, self.optimizer.state_key
         if self.whole:
             layout.scatter(self.whole.get, lambda tensor: tensor.detach())
             self.whole = {}
         if self.stage == 0 or not saved:
-            return super().load_optimizer_state(saved)
+            return super().load_momentum(saved)
         names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
         for kind in self.optimizer.state_tensors:
             for tensor in layout.pieces:

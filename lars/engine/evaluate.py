@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lars.data.index import Index
 from lars.data.loader import evaluation_batches
@@ -19,13 +20,21 @@ from lars.recipe.keys import Recipe
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`scores` are "loss", "top1", "top5" (per cent) and "images"; None if stopped, or if a process had no samples."""
+    """`scores` are "loss", "top1", "top5" (per cent) and "images"; None if stopped, or if a process had no samples.
+
+    "ema_loss", "ema_top1" and "ema_top5" are those of the moving average of the weights, if there is one.
+    """
 
     scores: dict[str, float] | None
     data_error: Exception | None = None  # why this process had none
 
+    @property
+    def line(self) -> str:
+        scores = self.scores or {}
+        average = f" (moving average: {scores['ema_top1']:.2f} %)" if "ema_top1" in scores else ""
+        return f"top-1 {scores['top1']:.2f} %{average}, top-5 {scores['top5']:.2f} %"
 
-@torch.no_grad()
+
 def evaluate(
     engine: Engine,
     recipe: Recipe,
@@ -34,11 +43,36 @@ def evaluate(
     stopping: Callable[[int], bool],
     stop: Callable[[], bool],
 ) -> Evaluation:
+    """The weights, and their moving average if there is one, over the whole split: see `evaluate_weights`."""
+    own = evaluate_weights(engine, recipe, index, plan, stopping, stop)
+    if engine.average is None or own.scores is None:
+        return own
+    turns = -(-index.samples // plan.micro_batch)  # what follows comes after those, for the watchdog
+    with engine.average.in_place():
+        other = evaluate_weights(engine, recipe, index, plan, lambda turn: stopping(turns + turn), stop)
+    if other.scores is None:
+        return other
+    return Evaluation(own.scores | {f"ema_{name}": other.scores[name] for name in ("loss", "top1", "top5")})
+
+
+@torch.no_grad()
+def evaluate_weights(
+    engine: Engine,
+    recipe: Recipe,
+    index: Index,
+    plan: BatchPlan,
+    stopping: Callable[[int], bool],
+    stop: Callable[[], bool],
+    confusion: Tensor | None = None,
+) -> Evaluation:
     """Loss, top-1 and top-5 over every image once.
 
     The split is cut into chunks of `micro_batch` samples, the last one shorter; processes take chunks, so no sample is
     padded or seen twice, and the chunks do not depend on the number of processes. All ask `stopping` before each
     chunk; a process that waits for data asks `stop`.
+
+    Args:
+        confusion: int64 (classes, classes), to which this process adds its images by label and prediction.
 
     Raises:
         RuntimeError: the images counted are not the split's.
@@ -67,7 +101,10 @@ def evaluate(
         labels = batch.labels.to(engine.device, non_blocking=True)
         logits = engine.logits(engine.eval_module, batch.images)
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
-        right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        best = logits.topk(min(5, logits.shape[1])).indices
+        right = best == labels[:, None]
+        if confusion is not None:
+            confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
         hits += torch.stack([right[:, 0].sum(), right.sum()])
         images, bad = images + len(labels), bad + batch.bad
     batches.close()

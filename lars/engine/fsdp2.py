@@ -6,12 +6,14 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lars.engine.base import Engine
 from lars.exact.ghost_batchnorm import GhostBatchNorm2d
+from lars.optim import norms
 from lars.optim.base import Optimizer
 from lars.recipe.batch import BatchPlan
 
@@ -47,11 +49,15 @@ class FSDP2(Engine):
         finite = self.accelerator.reduce(finite, reduction="sum").tolist()
         return [name for (name, _), processes in zip(named, finite) if processes < self.accelerator.num_processes]
 
+    def clip(self, grads: list[Tensor], limit: float) -> None:
+        group = self.optimizer.layout.group
+        norms.clip([g.to_local() for g in grads], limit, lambda square: dist.all_reduce(square, group=group))
+
     def weights(self) -> dict[str, Tensor]:
         return {name: _whole(tensor) for name, tensor in super().weights().items()}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return {name: _whole(tensor) for name, tensor in super().optimizer_state().items()}
+    def momentum(self) -> dict[str, Tensor]:
+        return {name: _whole(tensor) for name, tensor in super().momentum().items()}
 
     def like(self, parameter: Tensor, whole: Tensor) -> Tensor:
         return distribute_tensor(whole.to(self.device), parameter.device_mesh, parameter.placements)

@@ -18,9 +18,9 @@ def state_bytes(recipe: Recipe, processes: int) -> int:
     """Bytes for each trained element of plain data parallel.
 
     Weight, velocity, gradient of one pass (float32), the order-free sum (int64) and its mean (float32). DDP has one
-    gradient, and no sum.
+    gradient, and no sum. An average of the weights comes on top.
     """
-    return 4 + 4 + 4 + 8 + 4 if sums_order_free(recipe, processes) else 4 + 4 + 4
+    return (4 + 4 + 4 + 8 + 4 if sums_order_free(recipe, processes) else 4 + 4 + 4) + 4 * bool(recipe.ema_decay)
 
 
 def kept_in(precision: str, float32_bytes: float) -> float:

@@ -33,9 +33,9 @@ class Plain(Engine):
         """The order-free sum divides by the number of passes itself."""
         loss.backward()
 
-    def step(self, lr: float) -> bool:
+    def update(self) -> bool:
         self._look_at_memory()
-        return super().step(lr)
+        return super().update()
 
     def _look_at_memory(self) -> None:
         """Warn once: where cuDNN gets no workspace it takes another algorithm, which has other bits, without a word."""

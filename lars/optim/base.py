@@ -24,6 +24,7 @@ class Optimizer(torch.optim.Optimizer):
     state_tensors: tuple[str, ...] = ()
     slices = "refused"
     layout: Any = None  # lars.optim.sharding.Layout
+    updates = 0  # the number of the update under way, from 1; the engine sets it, since a ZeRO stage steps by group
 
     def state_key(self, parameter: str, tensor: str) -> str:
         """How a checkpoint names a tensor of a parameter's state: the first one by the parameter alone."""

@@ -32,14 +32,14 @@ class Work:
     group: dict[str, Any]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    velocities: list[Tensor] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)  # the first of `state_tensors`
+    squares: list[Tensor] = field(default_factory=list)  # the second, for rules that have one
     layers: list[int] = field(default_factory=list)  # the number of each slice's layer; empty for whole tensors
     ratios: Tensor | None = None  # one for each tensor; None where the group is not adapted
 
-    def add(self, param: Tensor, grad: Tensor, velocity: Tensor) -> None:
-        self.params.append(param)
-        self.grads.append(grad)
-        self.velocities.append(velocity)
+    def add(self, *tensors: Tensor) -> None:
+        for tensor, those in zip(tensors, (self.params, self.grads, self.velocities, self.squares)):
+            those.append(tensor)
 
     def scales(self, rate: float) -> list[Tensor]:
         """The rate times the ratio of each tensor, in the tensor's dtype."""
@@ -67,7 +67,7 @@ class LARS(Optimizer):
         ShardingError: from `step()`, if an engine has put flat slices in place of the tensors.
     """
 
-    state_tensors = ("momentum_buffer",)
+    state_tensors: tuple[str, ...] = ("momentum_buffer",)
     slices = "bound"
 
     def __init__(
@@ -164,15 +164,15 @@ class LARS(Optimizer):
             raise ValueError("LARS has no rule for sparse gradients")
         for p in params:
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p].update({kind: torch.zeros_like(p) for kind in self.state_tensors})
         work = Work(group)
         for p in params:
-            velocity = self.state[p]["momentum_buffer"]
+            tensors = [p, p.grad, *(self.state[p][kind] for kind in self.state_tensors)]
             if self.layout is None:
-                work.add(p, p.grad, velocity)
+                work.add(*tensors)
                 continue
             for layer, view in self.layout.cut(p):
-                work.add(view(p), view(p.grad), view(velocity))
+                work.add(*map(view, tensors))
                 work.layers.append(layer)
         return work
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ def _square(tensor: Tensor) -> float:
         rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double()
         square += float(torch.dot(rows, rows))
     return square
+
+
+def clip(grads: list[Tensor], limit: float, add_up: Callable[[Tensor], object] = lambda square: None) -> None:
+    """Scale gradients, in place, so that the norm of all of them together is at most `limit`.
+
+    As torch.nn.utils.clip_grad_norm_ does it, with 1e-6 added to the norm; no GPU is waited for.
+
+    Args:
+        add_up: adds the squared norm of a process's slices up over processes, in place.
+    """
+    norms = tensor_norms(grads, grads)[0].double()
+    square = norms.square().sum().view(1, 1)
+    add_up(square)
+    scale = (limit / (roots(square) + 1e-6)).clamp(max=1.0).view(())
+    torch._foreach_mul_(grads, scale.to(grads[0].dtype))
 
 
 def roots(squares: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Model:
     num_classes: int = key("width of the last layer", limit=POSITIVE)
     image_size: int = key("of training and evaluation", limit=POSITIVE, unit="pixels")
     kwargs: dict[str, Any] = key("passed to timm.create_model", {})
+    frozen: list[str] = key("beginnings of the names of parameters that are not trained", [])
     weights_sha256: str | None = key("of the file of weights that kwargs name, filled in from it", None)
 
 
@@ -94,9 +95,15 @@ class ScheduleKeys:
     warmup_epochs: float = key("length of the warm-up", limit=NOT_NEGATIVE, unit="epochs")
     warmup_lr: float = key("the rate that warm-up begins with", 0.0, limit=NOT_NEGATIVE)
     warmup_power: float = key("1 linear, 2 quadratic", 1.0, limit=POSITIVE)
-    decay_from: str = key("where polynomial decay begins to count", choices=("start", "warmup_end"))
+    hold_epochs: float = key(
+        "how long the full rate is held before decay begins to count", 0.0, limit=NOT_NEGATIVE, unit="epochs"
+    )
+    shape: str = key("of the decay", "polynomial", choices=("polynomial", "cosine", "step"))
+    decay_from: str = key("where decay begins to count", choices=("start", "warmup_end"))
     decay_steps: int | None = key("length of the decay; null: until the end of the run", None, limit=POSITIVE)
-    power: float = key("of the polynomial decay", limit=POSITIVE)
+    power: float = key("of the polynomial decay; 1 with any other shape", limit=POSITIVE)
+    milestones: list[float] = key("step: when the rate drops, counted from the start", [], unit="epochs")
+    gamma: float = key("step: what the rate is multiplied by at each milestone", 0.1, limit=PROBABILITY)
     end_lr: float = key("the rate that decay ends with", 0.0, limit=NOT_NEGATIVE)
 
 
@@ -138,6 +145,10 @@ class Recipe:
         "samples that share batch-norm statistics; null where a model has no batch norm", limit=POSITIVE
     )
     optimizer: Keys = field(default_factory=Keys)  # of the class that optimizer.name has registered
+    clip_norm: float | None = key("largest norm of the whole gradient; null: any", None, limit=POSITIVE)
+    ema_decay: float | None = key(
+        "of a moving average of the weights, which is evaluated beside them; null: none", None, limit=SHARE
+    )
     schedule: ScheduleKeys = field(default_factory=ScheduleKeys)
     epochs: float = key("length of the run", limit=POSITIVE)
     seed: int = key("of weights, order, augmentation and dropout", limit=NOT_NEGATIVE)

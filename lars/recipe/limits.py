@@ -76,4 +76,23 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(
             f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}"
         )
+    _check_decay(recipe)
     pretrained.weights_file(recipe.model.kwargs)
+
+
+def _check_decay(recipe: Recipe) -> None:
+    """A key that the shape of the decay has no use for would be believed to do something."""
+    keys = recipe.schedule
+    before = keys.hold_epochs + (keys.warmup_epochs if keys.decay_from == "warmup_end" else 0.0)
+    if keys.shape != "polynomial" and keys.power != 1:
+        raise RecipeError(f"schedule.power={keys.power:g} belongs to a polynomial, not to {keys.shape}: write power: 1")
+    if keys.shape != "step" and before >= recipe.epochs and keys.decay_steps is None:
+        raise RecipeError(f"schedule.hold_epochs={keys.hold_epochs:g} leaves nothing of epochs={recipe.epochs:g}")
+    if (keys.shape == "step") != bool(keys.milestones):
+        raise RecipeError(
+            "schedule.milestones are epochs, as in [30, 60, 80], with schedule.shape: step and only there"
+        )
+    if keys.shape == "step" and (keys.end_lr or keys.hold_epochs or keys.decay_steps):
+        raise RecipeError("schedule.shape: step has no end_lr, hold_epochs or decay_steps: leave them out")
+    if not all(0 < a < b for a, b in zip(keys.milestones, [*keys.milestones[1:], math.inf])):
+        raise RecipeError(f"schedule.milestones={keys.milestones} must be positive and grow")

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then polynomial decay.
+"""The learning rate as a pure function of the step: warm-up, then decay.
 
 The loop sets it on the parameter groups before each optimizer step. A prepared scheduler would step once per process
 (accelerate issue 2318), and the rate would depend on their number.
@@ -6,6 +6,7 @@ The loop sets it on the parameter groups before each optimizer step. A prepared 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lars.recipe.batch import BatchPlan
@@ -15,6 +16,10 @@ from lars.recipe.keys import Recipe
 @dataclass(frozen=True)
 class Schedule:
     """Warm-up to `lr` over `warmup_steps`, then decay to `end_lr`. Steps may be fractional, so knots can be tested.
+
+    shape: "polynomial" and "cosine" (Loshchilov and Hutter 2017, without restarts) fall from `lr` to `end_lr`. "step"
+        multiplies `lr` by `gamma` at each of `milestones`, as torch's MultiStepLR.
+    hold_steps: how much later decay begins to count: warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395).
 
     decay_from: "start" counts the decay from step 0, so that the rate falls at the end of warm-up: 32 to 25.92 in the
         LARS authors' own 32K solver (nvcaffe, `solver_32k.prototxt`). "warmup_end" is continuous.
@@ -30,20 +35,29 @@ class Schedule:
     decay_steps: float
     power: float
     end_lr: float
+    shape: str = "polynomial"
+    hold_steps: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
 
     @classmethod
     def of(cls, recipe: Recipe, plan: BatchPlan) -> Schedule:
         """Epochs to steps: warm-up ends after warmup_epochs * N / B steps, decay after decay_steps or with the run."""
-        keys = recipe.schedule
-        warmup = keys.warmup_epochs * plan.samples / plan.global_batch
-        decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0)
+        keys, epoch = recipe.schedule, plan.samples / plan.global_batch
+        warmup, hold = keys.warmup_epochs * plan.samples / plan.global_batch, keys.hold_epochs * epoch
+        decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0) - hold
         ramp = (recipe.optimizer.lr, keys.warmup_lr, warmup, keys.warmup_power)
-        return cls(*ramp, keys.decay_from, decay, keys.power, keys.end_lr)
+        drops = tuple(milestone * epoch for milestone in keys.milestones)
+        return cls(*ramp, keys.decay_from, decay, keys.power, keys.end_lr, keys.shape, hold, drops, keys.gamma)
 
     def rate(self, step: float) -> float:
         """The rate of the update that follows `step` finished updates (0 for the first)."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * (step / self.warmup_steps) ** self.warmup_power
-        counted = step if self.decay_from == "start" else step - self.warmup_steps
-        left = max(0.0, 1.0 - counted / self.decay_steps)
+        if self.shape == "step":
+            return self.lr * self.gamma ** sum(step >= drop for drop in self.milestones)
+        counted = (step if self.decay_from == "start" else step - self.warmup_steps) - self.hold_steps
+        left = min(1.0, max(0.0, 1.0 - counted / self.decay_steps))
+        if self.shape == "cosine":
+            left = (1.0 - math.cos(math.pi * left)) / 2
         return self.end_lr + (self.lr - self.end_lr) * left**self.power

@@ -93,6 +93,11 @@ class RunFolder:
         """How the steps so far were made, for a checkpoint."""
         return {key: self.result[key] for key in ("reproducibility", "environment")}
 
+    @property
+    def what_next(self) -> str:
+        """What people do with a run that has finished."""
+        return "\n".join(f"  lars {verb} {self.path}" for verb in ("evaluate", "export", "report"))
+
     def say(self, text: str) -> None:
         """A line on the terminal, from the process that writes the folder."""
         if self.writes:

@@ -55,6 +55,8 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
         (halvings.is_integer(), f"weight decay is 1e-4 times a power of two, not {optimizer.weight_decay:g}"),
         (schedule.end_lr == 1e-4, f"the last rate is 1e-4, not {schedule.end_lr:g}"),
         (schedule.power == 2 or optimizer.name == "sgd", f"the rate decays with power 2, not {schedule.power:g}"),
+        (schedule.shape == "polynomial", f"the rate decays as a polynomial, not as {schedule.shape}"),
+        (schedule.hold_epochs == 0, f"decay begins after warm-up, not {schedule.hold_epochs:g} epochs later"),
         (schedule.warmup_power == 1, f"warm-up is linear, not of power {schedule.warmup_power:g}"),
         (optimizer.name in ("sgd", "lars"), f"the optimizer is sgd or lars, not {optimizer.name}"),
     )

@@ -108,6 +108,9 @@ def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
         table.add_row(
             rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]]
         )
+    if frozen := [(name, p) for name, p in model.named_parameters() if not p.requires_grad]:
+        count = f"{sum(p.numel() for _, p in frozen):,}"
+        table.add_row("frozen", "", str(len(frozen)), count, frozen[0][0], frozen[-1][0])
     console = stdout()
     with console.capture() as capture:
         console.print(table)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lars.engine.average import named_in_checkpoint
 from lars.engine.base import unwrapped_name
 from lars.engine.build import build_optimizer
 from lars.optim.base import Optimizer
@@ -110,7 +111,7 @@ def read_fitting(
     """
     try:
         tensors = checkpoint.read(path)
-        odd = _misfit(state, *tensors, model, build_optimizer(recipe, model))
+        odd = _misfit(state, *tensors, model, build_optimizer(recipe, model), bool(recipe.ema_decay))
     except (SafetensorError, OSError) as error:
         odd = one_line(error)
     if odd:
@@ -127,6 +128,7 @@ def _misfit(
     momentum: dict[str, Tensor],
     model: nn.Module,
     rule: Optimizer,
+    averaged: bool,
 ) -> str:
     """The first tensor that is missing, or has another name, shape or type than the model's; empty if all fit."""
     twice = checkpoint.aliases(model)
@@ -135,6 +137,8 @@ def _misfit(
     named = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
     trained = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     trained = {rule.state_key(name, kind): p for name, p in trained.items() for kind in rule.state_tensors}
+    if averaged:
+        trained |= named_in_checkpoint(named)
     whole = state.format > 1 and state.step > 0  # before the first step nothing has a velocity
     for kind, found, wanted, complete in (("weight", weights, named, True), ("velocity", momentum, trained, whole)):
         odd = found.keys() - wanted.keys() | (wanted.keys() - found.keys() if complete else set())

@@ -72,7 +72,7 @@ def steps(name: str, pinned: bool) -> list[float]:
         sums.add_counts([0])
         found = sums.finish()
         engine.update_statistics(found.floats[1:] / (plan.global_batch // (plan.bn_group or 1)))
-        assert engine.step(recipe.schedule.warmup_lr) and torch.get_num_threads() == 1
+        assert engine.step(recipe.schedule.warmup_lr, 1) and torch.get_num_threads() == 1
         times.append(time.process_time() - started)
     return times[WARM_UP:]
 

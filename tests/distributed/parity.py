@@ -112,7 +112,7 @@ def take_timm() -> None:
     scores = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0}
     train.evaluate = lambda *_: Evaluation(scores)  # its weights may be past evaluating
     for kind in (Engine, DeepSpeed):
-        kind.optimizer_state, kind.load_optimizer_state = lambda self: {}, lambda self, momentum: None
+        kind.momentum, kind.load_momentum = lambda self: {}, lambda self, momentum: None
         kind.trust_ratios = lambda self: {}
 
 

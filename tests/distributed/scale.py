@@ -156,7 +156,7 @@ def simulate(processes: int, recipe_file: Path, overrides: tuple[str, ...], inde
                 peers.phase = "checkpoint"
                 for parameter in run.model.parameters():
                     parameter.grad = parameter.detach().clone()
-                run.engine.step(0.0)  # so that there is momentum to save
+                run.engine.step(0.0, 1)  # so that there is momentum to save
                 run.save()
                 run.writer.wait(needed=True)
                 phases["checkpoint"] = peers.total("checkpoint")

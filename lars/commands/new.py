@@ -1,0 +1,180 @@
+"""`lars new NAME --data FOLDER [--model M] [--pretrained RUN|MODEL]`: a recipe for your own images.
+
+    lars new flowers --data ~/Pictures/flowers
+    lars new flowers-tuned --data ~/Pictures/flowers --pretrained hf-hub:timm/resnet18.a1_in1k
+
+FOLDER holds a folder of images for each class, or train/<class>/ and val/<class>/, or Parquet files. Images are packed
+once, into FOLDER-parquet beside it. The recipe, recipes/NAME/MODEL.yaml, begins as recipes/starter/ has it, with every
+key explained. With --pretrained it begins with those weights, which are copied beside it; where the number of classes
+is another one, the last layer begins anew. Run it in the folder that has recipes/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import timm
+import yaml
+from safetensors.torch import save_model
+from torch import nn
+
+from lars.commands import convert
+from lars.commands.subject import class_names, subject
+from lars.data.decode import BadImage, Encoded
+from lars.data.image_folder import split_folders
+from lars.data.index import build_indexes, resolve
+from lars.engine.build import build_model
+from lars.optim.key import CORE
+from lars.recipe import config
+from lars.recipe.batch import BatchPlan
+from lars.recipe.keys import Data, Recipe, declared, neutral
+from lars.recipe.refusal import RecipeError, did_you_mean, refuses
+
+STARTER, FINETUNE = Path("recipes/starter/resnet18.yaml"), Path("recipes/starter/finetune.yaml")
+_SIDE, _VAL_SHARE = 256, 0.2  # what packed images are shrunk to, and the share of a class that is held out
+_EPOCHS = ((2_000, 30), (10_000, 20), (math.inf, 15))  # up to so many images, so many epochs from scratch
+
+
+def packed(folder: Path) -> Path | None:
+    """The Parquet files of a folder of images, written beside it if they are not there yet; None if that failed."""
+    if not folder.is_dir():
+        raise RecipeError(f"--data {folder} is no folder")
+    if any(folder.glob("*.parquet")):
+        return folder
+    out = folder.resolve().parent / f"{folder.resolve().name}-parquet"
+    share = [] if split_folders(folder) else ["--val-share", str(_VAL_SHARE)]
+    print(f"packing the images of {folder} into {out}, once", flush=True)
+    return None if convert.main([str(folder), str(out), "--resize", str(_SIDE), *share]) else out
+
+
+def classes_of(data: Data) -> int:
+    """How many classes the labels have: as the schema names them, or else one more than the largest label."""
+    if names := class_names(data):
+        return len(names)
+    labels = (pq.read_table(file, columns=[data.label_column]) for file in resolve(data)[data.train_split])
+    return 1 + max(table[data.label_column].to_numpy().max() for table in labels)
+
+
+def look(data: Data, classes: int) -> tuple[int, str]:
+    """The training split's size, and what a person wants to know of both splits in a line."""
+    train, val = build_indexes(data, classes)
+    table = pq.ParquetFile(train.files[0]).read_row_group(0).slice(0, 200)
+    sizes = []
+    for image in table[data.image_column].to_pylist():
+        try:
+            encoded = Encoded(image["bytes"])
+            sizes.append((encoded.width, encoded.height))
+        except BadImage:
+            continue
+    counts: np.ndarray = sum(
+        np.bincount(pq.read_table(file, columns=[data.label_column])[data.label_column].to_numpy(), minlength=classes)
+        for file in train.files
+    )
+    names, few = class_names(data), int(counts.argmin())
+    fewest = f"the smallest class, {names[few] if names else few}, has {counts[few]:,}"
+    width, height = np.median(sizes, axis=0) if sizes else (0, 0)
+    images = f"{train.samples:,} training and {val.samples:,} validation images of {classes} classes"
+    return train.samples, f"{images}; {fewest}; they are {width:.0f} x {height:.0f} pixels (median)"
+
+
+def changes(args: argparse.Namespace, folder: Path, data: Data, classes: int, samples: int) -> list[str]:
+    """What the starter's keys become, as `key=value`."""
+    batch = 64
+    while batch > 8 and batch * 8 > samples:
+        batch //= 2
+    given: dict[str, Any] = {"data.path": data.path, "model.num_classes": classes, "global_batch": batch}
+    model, kwargs, trained = args.model or "resnet18", {}, None
+    if args.pretrained:
+        of = subject(argparse.Namespace(subject=args.pretrained, recipe=None, data=None, ema=False))
+        trained = of.model
+        model, kwargs = of.recipe.model.name, dict(of.recipe.model.kwargs)
+        if of.recipe_file is None:
+            model = trained.pretrained_cfg.get("architecture") or model.rpartition("/")[2]
+        if args.model and args.model != model:
+            raise RecipeError(f"--model {args.model} is not the model of {args.pretrained}, {model}: leave it out")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(trained, str(folder / "weights.safetensors"))
+        overlay = {"file": str(folder / "weights.safetensors"), "num_classes": trained.num_classes}
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        given |= {"model.kwargs": kwargs, "augment.mean": of.recipe.augment.mean, "augment.std": of.recipe.augment.std}
+    elif not timm.is_model(model):
+        raise RecipeError(f"timm has no model {model!r}{did_you_mean(model, timm.list_models())}")
+    size = args.size or _fixed_size(model) or 64
+    rate = (0.005 if args.pretrained else 0.05) * batch / 64
+    given |= {"model.name": model, "model.image_size": size, "augment.eval_resize": round(size * 1.125)}
+    given |= {"optimizer.lr": rate, "bn_group": min(16, batch // 2) if _has_batch_norm(model) else None}
+    if not args.pretrained:
+        given["epochs"] = next(epochs for most, epochs in _EPOCHS if samples <= most)
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
+
+
+def _fixed_size(model: str) -> int | None:
+    cfg = timm.get_pretrained_cfg(model)
+    return cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else None
+
+
+def _has_batch_norm(model: str) -> bool:
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in timm.create_model(model).modules())
+
+
+def written(recipe: Recipe, header: str) -> str:
+    """A recipe with every key of the trajectory; those that are neutral stand behind a #."""
+    known, flat = declared(type(recipe.optimizer)), config.flatten(recipe)
+    lines, section = [header.rstrip(), _line("name", recipe.name, known["name"].metadata, False)], ""
+    for key, one in known.items():
+        if one.metadata["free"] and key != "data.path" or key == "model.weights_sha256":
+            continue
+        inside, _, last = key.rpartition(".")
+        if inside and inside != section:
+            lines.append(f"{inside}:")
+        section = inside
+        ordinary = neutral(one) != CORE and flat[key] == neutral(one)
+        lines.append("  " * bool(inside) + _line(last, flat[key], one.metadata, ordinary))
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any, told: Any, ordinary: bool) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    unit = f" [{told['unit']}]" if told["unit"] else ""
+    choices = f" (one of {', '.join(told['choices'])})" if told["choices"] else ""
+    return f"{'# ' if ordinary else ''}{key}: {text}  # {told['what']}{unit}{choices}"
+
+
+@refuses(RecipeError, OSError)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", metavar="NAME", help="a folder of recipes/, as in flowers")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--model", help="a model of timm (default: resnet18)")
+    parser.add_argument("--pretrained", metavar="RUN|MODEL", help="begin with the weights of a run or of a timm model")
+    parser.add_argument("--size", type=int, help="pixels (default: 64, or what the model is made for)")
+    args = parser.parse_args(arguments)
+    if not STARTER.is_file():
+        raise RecipeError(f"{STARTER} is not here: run it in the folder that has recipes/")
+    if not re.fullmatch(r"[\w-][\w.-]*", args.name) or args.size is not None and args.size < 1:
+        raise RecipeError(f"NAME={args.name} is a folder of recipes/, as in flowers, and --size is in pixels")
+    folder = Path("recipes") / args.name
+    if (place := packed(args.data)) is None:  # `lars convert` has said why
+        return 2
+    data = Data(path=str(place))
+    classes = classes_of(data)
+    samples, said = look(data, classes)
+    recipe = config.load(FINETUNE if args.pretrained else STARTER, changes(args, folder, data, classes, samples))
+    recipe.name = f"{args.name}/{recipe.model.name}"
+    file = folder / f"{recipe.model.name}.yaml"
+    if file.exists():
+        raise RecipeError(f"{file} is there already: give another NAME, or edit it")
+    build_model(recipe)
+    BatchPlan.of(recipe, samples, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    header = f"# {recipe.model.name} for {args.data}. Lines behind a # have no effect; they show what could be said."
+    file.write_text(written(recipe, f"{header}\n#\n#   lars reproduce {file}\n"))
+    print(f"{said}\n{file}: edit it, or train it as it is; a run that was stopped goes on:\n\n  lars reproduce {file}")
+    return 0

@@ -1,0 +1,139 @@
+"""What `lars evaluate`, `predict` and `export` look at: the weights of a run, or a model that timm knows by name.
+
+RUN is a run folder, read as data as in `lars verify`: the recipe and its `model.py` are those of this repository, or
+`--recipe`. MODEL is a name of timm (`resnet50.a1_in1k`), of the Hub (`hf-hub:timm/resnet50.a1_in1k`) or an exported
+folder (`local-dir:FOLDER`), with its pretrained weights, in the size and with the crop that it is published with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+import timm
+import torch
+from torch import nn
+
+from lars.commands.verify import overrides_of, recipe_of
+from lars.data.index import resolve
+from lars.engine.average import averages_in
+from lars.engine.build import build_model
+from lars.recipe import config
+from lars.recipe.keys import Augment, Data, Model, Recipe
+from lars.recipe.refusal import RecipeError, one_line
+from lars.run import checkpoint
+from lars.run.reading import read_result
+from lars.run.resume import read_fitting
+
+_NAMED = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes of timm's names of models
+
+
+class Subject(NamedTuple):
+    """A model in evaluation mode, how its images are prepared, and where it comes from."""
+
+    model: nn.Module
+    recipe: Recipe
+    title: str
+    folder: Path  # for what is written about it
+    names: list[str] | None  # of the classes
+    steps: int | None = None  # of a run
+    recipe_file: Path | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model it is, and where the data are."""
+    parser.add_argument("subject", metavar="RUN|MODEL")
+    parser.add_argument("--recipe", type=Path, help="of a run: its recipe's file (default: recipes/<name>.yaml)")
+    parser.add_argument("--data", help="data.path (default: the recipe's)")
+    parser.add_argument("--ema", action="store_true", help="of a run: the moving average of its weights")
+
+
+def subject(args: argparse.Namespace) -> Subject:
+    """The model that the arguments name.
+
+    Raises:
+        RecipeError: there is none, or it cannot be built or read.
+    """
+    run = Path(args.subject)
+    if args.subject.startswith(_NAMED) or not run.is_dir() and timm.is_model(args.subject):
+        if args.recipe or args.ema:
+            raise RecipeError(f"--recipe and --ema are of a run: leave them out for {args.subject}")
+        return _published(args.subject, args.data)
+    if not run.is_dir():
+        raise RecipeError(f"{args.subject} is neither the folder of a run nor a model of timm: see `lars evaluate -h`")
+    return _trained(run, args)
+
+
+def _trained(run: Path, args: argparse.Namespace) -> Subject:
+    """With the weights of the newest whole checkpoint."""
+    recipe_file = args.recipe or recipe_of(run, read_result(run, ("recipe", "steps")))
+    keys = [*overrides_of(run, recipe_file), *([f"data.path={args.data}"] if args.data else [])]
+    recipe = config.load(recipe_file, keys)
+    found = ((path, state) for path in reversed(checkpoint.saved(run)) if (state := checkpoint.verified(path)))
+    path, state = next(found, (None, None))
+    if path is None or state is None:
+        raise RecipeError(f"{run} has no checkpoint that is whole: train it again, or fetch its checkpoints/ folder")
+    model, _ = build_model(recipe)
+    weights, momentum = read_fitting(path, state, recipe, model)
+    averages = averages_in(momentum)
+    if args.ema and not averages:
+        raise RecipeError(f"{run} keeps no moving average: its recipe has no ema_decay")
+    checkpoint.load_weights(weights | averages if args.ema else weights, state, model)
+    what = f"{recipe.name}{', moving average' * args.ema}, step {state.step}"
+    return Subject(model.eval(), recipe, what, run, class_names(recipe.data), state.step, recipe_file)
+
+
+def _published(name: str, place: str | None) -> Subject:
+    """A model of timm with its pretrained weights; the recipe has only what evaluation asks for."""
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except Exception as error:  # whatever timm and the Hub make of a name, of a folder and of no network
+        raise RecipeError(f"{name} cannot be loaded: {one_line(error)}") from None
+    how = timm.data.resolve_model_data_config(model, use_test_size=True)
+    size, interpolation = how["input_size"][-1], how["interpolation"]
+    if interpolation != "bicubic" or how["crop_mode"] != "center":
+        raise RecipeError(
+            f"{name} is evaluated with {interpolation} and crop {how['crop_mode']}: timm's validate.py can"
+        )
+    recipe = Recipe(
+        model=Model(name, model.num_classes, size),
+        data=Data(path=place or ""),
+        augment=Augment(
+            eval_resize=math.floor(size / how["crop_pct"]),
+            mean=[255 * value for value in how["mean"]],
+            std=[255 * value for value in how["std"]],
+        ),
+        bn_group=None,
+        global_batch=64,
+        precision="fp32",
+        name=name,
+        seed=0,
+        trackers=[],
+    )
+    recipe.run_dir = f"runs/evaluation/{name.rpartition(':')[2].strip('/').replace('/', '--')}"
+    names = model.pretrained_cfg.get("label_names")
+    return Subject(model, recipe, name, Path(recipe.run_dir), list(names) if names else None)
+
+
+def class_names(data: Data) -> list[str] | None:
+    """As the data set's own schema has them; None where the data are not here, or have none."""
+    try:
+        schema = pq.read_schema(resolve(data)[data.val_split][0])
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][data.label_column]
+        return [str(name) for name in told["names"]]
+    except (RecipeError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def name_of(label: int, names: list[str] | None) -> str:
+    return names[label] if names and label < len(names) else f"class {label}"
+
+
+def pixels_of(images: torch.Tensor, augment: Augment) -> torch.Tensor:
+    """uint8 images as the model has them, on the CPU."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
+    return images.float().sub_(mean).div_(std)

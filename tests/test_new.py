@@ -1,0 +1,196 @@
+"""From a folder of pictures to a model in use, as a new user walks, on pictures that are drawn here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import DEMO, ROOT, play
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from test_export import PLAIN_TIMM
+from test_readme import commands
+
+from lars.commands import new
+from lars.engine.build import build_model
+from lars.recipe import config
+from lars.recipe.keys import declared
+from lars.recipe.refusal import RecipeError
+from lars.run.folder import weights_sha256
+from lars.run.reading import read_result
+
+CLASSES = ("cross", "disc", "square", "stripes", "triangle")
+TO_ONNX = """
+import io, json, sys
+import numpy as np, onnxruntime, pyarrow.parquet as pq, timm, torch
+from PIL import Image
+folder, images, out = sys.argv[1:]
+config = json.load(open(folder + "/config.json"))
+transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"]))
+rows = pq.read_table(images).to_pylist()
+pixels = torch.stack([transform(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows])
+session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
+logits = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+right = logits.argmax(1) == torch.tensor([row["label"] for row in rows])
+torch.save({"logits": logits, "top1": 100 * right.double().mean().item()}, out)
+"""
+
+
+def draw(folder: Path, each: int) -> Path:
+    """`each` JPEGs of every class: its shape, in any colour and place, on a noisy ground."""
+    draws = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            width, height = (int(side) for side in draws.integers(70, 140, 2))
+            ground = draws.integers(0, 120, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+            image = Image.fromarray(ground).resize((width, height))
+            pen, r, ink = ImageDraw.Draw(image), min(width, height) // 3, tuple(map(int, draws.integers(130, 256, 3)))
+            x, y = width // 2 + int(draws.integers(-9, 9)), height // 2 + int(draws.integers(-9, 9))
+            box = (x - r, y - r, x + r, y + r)
+            if name == "cross":
+                pen.line((x - r, y, x + r, y), ink, r // 2)
+                pen.line((x, y - r, x, y + r), ink, r // 2)
+            elif name == "stripes":
+                for row in range(y - r, y + r, max(r // 2, 2)):
+                    pen.line((x - r, row, x + r, row), ink, max(r // 5, 1))
+            elif name == "triangle":
+                pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], ink)
+            else:
+                (pen.ellipse if name == "disc" else pen.rectangle)(box, ink)
+            image.save(folder / name / f"{number:03}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a user has of this repository, and that he stands in it."""
+    for name in ("recipes/starter", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / "clone" / name)
+    shutil.copy(ROOT / "recipes/train.py", tmp_path / "clone/recipes")
+    monkeypatch.chdir(tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def test_a_recipe_for_a_folder_names_every_key(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = draw(tmp_path / "shapes", 20)
+    assert new.main(["shapes", "--data", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "80 training and 20 validation images of 5 classes" in said and "the smallest class, cross, has 16" in said
+    assert said.rstrip().endswith("lars reproduce recipes/shapes/resnet18.yaml")
+    file = clone / "recipes/shapes/resnet18.yaml"
+    recipe = config.load(file, [])
+    assert (recipe.model.num_classes, recipe.data.path) == (5, str(tmp_path / "shapes-parquet"))
+    # every key of the trajectory stands there, and uncommenting those that are neutral changes nothing
+    text = file.read_text()
+    fixed = {k for k, one in declared(type(recipe.optimizer)).items() if not one.metadata["free"]}
+    body = text.split("name:", 1)[1].split("\n", 1)[1]  # without the header and the name
+    uncommented = re.sub(r"(?m)^( *)# (\w+:)", r"\1\2", body)
+    keys = yaml.safe_load(uncommented)
+    there = {f"{a}.{b}" for a, part in keys.items() if isinstance(part, dict) for b in part} | set(keys)
+    assert fixed - {"model.weights_sha256"} <= there
+    (clone / "recipes/shapes/all.yaml").write_text("name: shapes/all\n" + uncommented)
+    other = config.load(clone / "recipes/shapes/all.yaml", [])
+    assert config.trajectory(other) == config.trajectory(recipe)
+    assert new.main(["shapes", "--data", str(folder)]) == 2  # and what is there stays
+    assert "is there already" in capsys.readouterr().err and file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["x", "--data", "nowhere"], "--data nowhere is no folder"),
+        (["x", "--data", "FLAT"], "split train has no images"),
+        (["x", "--data", "ONE"], "holds 1 images, and two splits need one each"),
+        (["../x", "--data", "GOOD"], "NAME=../x is a folder of recipes/"),
+        (["x", "--data", "GOOD", "--model", "resnet19"], "timm has no model 'resnet19'; did you mean"),
+        (["x", "--data", "GOOD", "--pretrained", "nowhere"], "neither the folder of a run nor a model of timm"),
+        (["x", "--data", "GOOD", "--size", "0"], "--size is in pixels"),
+        (["elsewhere", "--data", "GOOD"], "run it in the folder that has recipes/"),
+    ],
+)
+def test_what_a_new_user_does_wrong_first_is_a_line(
+    words: list[str],
+    told: str,
+    clone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/notes.txt").write_text("no images")
+    places = {"FLAT": tmp_path / "flat", "GOOD": draw(tmp_path / "good", 6), "ONE": draw(tmp_path / "one", 1)}
+    if words[0] == "elsewhere":
+        monkeypatch.chdir(tmp_path)
+    assert new.main([str(places.get(word, word)) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (clone / "recipes/x/resnet18.yaml").exists()
+
+
+def in_the_readme() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return commands(text[text.index("## Your images") :].split("```")[1])
+
+
+@pytest.mark.long
+def test_the_readmes_commands_lead_from_pictures_to_a_model_in_use(clone: Path, tmp_path: Path) -> None:
+    """600 JPEGs, two processes; its export in plain timm and in onnxruntime, and a run that begins with its weights."""
+    shutil.copytree(ROOT / "lars", clone / "lars", ignore=shutil.ignore_patterns("__pycache__"))  # it finds recipes/
+    folder = draw(tmp_path / "shapes", 120)
+    picture = next((folder / "disc").glob("*.jpg"))
+    printed = {}
+    assert len(in_the_readme()) == 8
+    for command in in_the_readme():
+        words = shlex.split(command.replace("FOLDER", str(folder)).replace("PICTURE", str(picture)), comments=True)
+        if words[1] == "reproduce":
+            words += ["epochs=12" if "flowers" in words[2] else "epochs=2"]
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+        assert done.returncode == 0 and "error" not in done.stdout + done.stderr, (command, done.stdout, done.stderr)
+        printed[" ".join(words[1:3])] = done.stdout
+    run, tuned = Path("runs/flowers/resnet18/seed-0"), Path("runs/tuned/resnet18/seed-0")
+    result, found = read_result(run), json.loads((run / "evaluation/evaluation.json").read_text())
+    assert result["world_size"] == 2 and f"lars evaluate {run}" in printed["reproduce recipes/flowers/resnet18.yaml"]
+    assert found["top1"] == result["top1"] > 3 * 100 / len(CLASSES)
+    assert [x["class"] for x in found["classes"]] == sorted(CLASSES)
+    assert printed[f"predict {run}"].startswith(f"{picture}: ")
+
+    assert "onnxruntime's logits of 64 validation images" in printed[f"export {run}"]
+    card = (run / "export/README.md").read_text()
+    assert found["weights_sha256"] in card and result["data_fingerprint"] in card
+    images = next((tmp_path / "shapes-parquet").glob("validation-*.parquet"))
+    theirs = {}
+    for name, program in (("timm", PLAIN_TIMM), ("onnx", TO_ONNX)):
+        words = [str(run.resolve() / "export"), str(images), str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", program, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        theirs[name] = torch.load(tmp_path / name, weights_only=True)
+        assert theirs[name]["top1"] == pytest.approx(found["top1"])
+    assert torch.allclose(theirs["timm"]["logits"], theirs["onnx"]["logits"], atol=1e-4)
+
+    first = load_file("recipes/tuned/weights.safetensors")
+    assert weights_sha256(first) == result["weights_sha256"] and read_result(tuned)["top1"] > 3 * 100 / len(CLASSES)
+    assert config.load("recipes/tuned/resnet18.yaml", []).optimizer.lr == 0.0025  # a tenth, at half the batch
+    assert "tuned/resnet18" in printed[f"report {run}"]
+
+
+def test_frozen_layers_stay(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    keys = (*tiny, "model.frozen=[conv1,layer1.0.conv]", "max_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=3")
+    shown = play(1, DEMO / "resnet50.yaml", *keys, f"run_dir={tmp_path / 'run'}", log=tmp_path / "log")
+    assert "frozen" in shown
+    one, two = (load_file(tmp_path / f"run/checkpoints/step-0000000{n}/model.safetensors") for n in (1, 2))
+    still = {name for name in one if torch.equal(one[name], two[name]) and name.endswith("weight")}
+    assert still == {"conv1.weight", *(f"layer1.0.conv{n}.weight" for n in (1, 2, 3))}
+    with pytest.raises(RecipeError, match="no parameter of resnet50 begins with 'stem'"):
+        build_model(config.load(DEMO / "resnet50.yaml", [*tiny, "model.frozen=[stem]"]))
