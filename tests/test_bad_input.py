@@ -39,7 +39,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("seed", ["key=value"]),
         ("model.name=resnet_50", ["timm has no model 'resnet_50'", "did you mean 'resnet"]),
         ("model.kwargs.widht=2", ["model.kwargs", "widht"]),
-        ("optimizer.name=lamb", ["optimizer.name=lamb", "lars or ", " or sgd"]),
+        ("optimizer.name=adagrad", ["optimizer.name=adagrad", "lars or ", " or sgd"]),
         ("optimizer.momentum_mode=papper", ["did you mean 'paper'"]),
         ("optimizer.adapt_1d=null", ["optimizer.adapt_1d may not be null"]),
         ("seed=99999999999999999999999", ["seed", "63 bits"]),

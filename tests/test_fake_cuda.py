@@ -174,6 +174,13 @@ def test_so_does_one_of_every_optimizer(name: str) -> None:
         assert play(training(DEMO / "alexnet.yaml", f"optimizer.name={name}"), steps=2).waits == 2
 
 
+@pytest.mark.parametrize("name", ["lamb", "adamw"])
+def test_so_does_one_of_adam_s_that_is_clipped_and_averaged(name: str) -> None:
+    adam = ("optimizer.beta1=0.9", "optimizer.beta2=0.999", "optimizer.adam_eps=1e-6", "clip_norm=1", "ema_decay=0.9")
+    with FakeTensorMode():
+        assert play(training(DEMO / "alexnet.yaml", f"optimizer.name={name}", *adam), steps=2).waits == 2
+
+
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
 def test_so_does_one_that_mixes_images(mixing: str) -> None:
     with FakeTensorMode():
@@ -201,8 +208,8 @@ def put_tolist(run: Training) -> None:
     """Somebody prints the trust ratios in every step."""
     step = run.engine.step
 
-    def printed(lr: float) -> bool:
-        done = step(lr)
+    def printed(lr: float, number: int) -> bool:
+        done = step(lr, number)
         run.engine.optimizer.applied_ratios()
         return done
 

@@ -179,7 +179,7 @@ def test_the_readmes_commands_lead_from_pictures_to_a_model_in_use(clone: Path, 
         assert theirs[name]["top1"] == pytest.approx(found["top1"])
     assert torch.allclose(theirs["timm"]["logits"], theirs["onnx"]["logits"], atol=1e-4)
 
-    first = load_file("recipes/tuned/weights.safetensors")
+    first = load_file("recipes/tuned/resnet18.safetensors")
     assert weights_sha256(first) == result["weights_sha256"] and read_result(tuned)["top1"] > 3 * 100 / len(CLASSES)
     assert config.load("recipes/tuned/resnet18.yaml", []).optimizer.lr == 0.0025  # a tenth, at half the batch
     assert "tuned/resnet18" in printed[f"report {run}"]

@@ -213,6 +213,15 @@ def test_the_tables_of_the_data_card_are_the_committed_measurements() -> None:
     assert rate["ours"] >= 2.5 * rate["timm"] and rate["ours"] >= 1.3 * rate[loader.DALI]
 
 
+def test_the_messages_of_the_troubleshooting_page_are_the_programs_own() -> None:
+    source = "\n".join(file.read_text() for file in (ROOT / "lars").rglob("*.py"))
+    source = re.sub(r'"\n\s+f?"', "", source)  # a text over several lines
+    rows = [line.split("|")[1] for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines() if "| `" in line]
+    quoted = [words for cell in rows for words in re.findall("`(.*?)`", cell)]
+    assert len(quoted) > 20
+    assert [words for words in quoted if words not in source] == []
+
+
 def test_the_two_lines_in_the_readme_run() -> None:
     text = (ROOT / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "lars.LARS" in b)

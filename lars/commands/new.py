@@ -84,8 +84,10 @@ def look(data: Data, classes: int) -> tuple[int, str]:
     return train.samples, f"{images}; {fewest}; they are {width:.0f} x {height:.0f} pixels (median)"
 
 
-def changes(args: argparse.Namespace, folder: Path, data: Data, classes: int, samples: int) -> list[str]:
-    """What the starter's keys become, as `key=value`."""
+def changes(
+    args: argparse.Namespace, folder: Path, data: Data, classes: int, samples: int
+) -> tuple[list[str], nn.Module | None]:
+    """What the starter's keys become, as `key=value`, and the model whose weights the run begins with."""
     batch = 64
     while batch > 8 and batch * 8 > samples:
         batch //= 2
@@ -99,9 +101,7 @@ def changes(args: argparse.Namespace, folder: Path, data: Data, classes: int, sa
             model = trained.pretrained_cfg.get("architecture") or model.rpartition("/")[2]
         if args.model and args.model != model:
             raise RecipeError(f"--model {args.model} is not the model of {args.pretrained}, {model}: leave it out")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(trained, str(folder / "weights.safetensors"))
-        overlay = {"file": str(folder / "weights.safetensors"), "num_classes": trained.num_classes}
+        overlay = {"file": str(folder / f"{model}.safetensors"), "num_classes": trained.num_classes}
         kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
         given |= {"model.kwargs": kwargs, "augment.mean": of.recipe.augment.mean, "augment.std": of.recipe.augment.std}
     elif not timm.is_model(model):
@@ -112,7 +112,7 @@ def changes(args: argparse.Namespace, folder: Path, data: Data, classes: int, sa
     given |= {"optimizer.lr": rate, "bn_group": min(16, batch // 2) if _has_batch_norm(model) else None}
     if not args.pretrained:
         given["epochs"] = next(epochs for most, epochs in _EPOCHS if samples <= most)
-    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()], trained
 
 
 def _fixed_size(model: str) -> int | None:
@@ -163,17 +163,21 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path("recipes") / args.name
     if (place := packed(args.data)) is None:  # `lars convert` has said why
         return 2
-    data = Data(path=str(place))
+    data = Data(path=str(place.resolve()))
     classes = classes_of(data)
     samples, said = look(data, classes)
-    recipe = config.load(FINETUNE if args.pretrained else STARTER, changes(args, folder, data, classes, samples))
+    keys, trained = changes(args, folder, data, classes, samples)
+    recipe = config.load(FINETUNE if args.pretrained else STARTER, keys)
     recipe.name = f"{args.name}/{recipe.model.name}"
     file = folder / f"{recipe.model.name}.yaml"
-    if file.exists():
-        raise RecipeError(f"{file} is there already: give another NAME, or edit it")
+    weights = file.with_suffix(".safetensors")
+    for there in filter(Path.exists, (file, weights)):
+        raise RecipeError(f"{there} is there already: give another NAME, or edit it")
     build_model(recipe)
     BatchPlan.of(recipe, samples, 2)
     folder.mkdir(parents=True, exist_ok=True)
+    if trained is not None:
+        save_model(trained, str(weights))
     header = f"# {recipe.model.name} for {args.data}. Lines behind a # have no effect; they show what could be said."
     file.write_text(written(recipe, f"{header}\n#\n#   lars reproduce {file}\n"))
     print(f"{said}\n{file}: edit it, or train it as it is; a run that was stopped goes on:\n\n  lars reproduce {file}")

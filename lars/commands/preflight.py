@@ -69,17 +69,25 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
 
 def can_be_written(run: Path) -> None:
     """Whether `run` is or can become a folder of this user's; what has to be made to find out is removed again."""
+    for left in reversed(range(10)):
+        try:
+            return _write_there(run)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and left:  # another process that looks too has removed the folder
+                continue
+            why = "there is a file or a link of that name" if isinstance(error, FileExistsError) else error.strerror
+            raise RecipeError(f"run_dir={run} cannot be written ({why}): give another run_dir=...") from None
+
+
+def _write_there(run: Path) -> None:
     made: list[Path] = []
     try:
         for folder in (*reversed(run.absolute().parents), run.absolute()):
             if not folder.is_dir():
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)
                 made.append(folder)
         with tempfile.TemporaryFile(dir=run):
             pass
-    except OSError as error:
-        why = "there is a file or a link of that name" if isinstance(error, FileExistsError) else error.strerror
-        raise RecipeError(f"run_dir={run} cannot be written ({why}): give another run_dir=...") from None
     finally:
         for folder in reversed(made):
             with suppress(OSError):  # somebody uses it by now

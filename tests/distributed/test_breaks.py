@@ -108,6 +108,7 @@ def test_what_makes_processes_differ_ends_the_run(
     assert "has other weights than rank 0; they are not saved" in said
 
 
+@pytest.mark.long
 def test_dropout_alone_does_not_know_the_number_of_processes(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """The control of the first test: the same keys, nothing broken."""
     keys = (*tiny, "max_steps=4", "schedule.warmup_lr=8.0", "model.kwargs.drop_rate=0.5")

@@ -99,6 +99,7 @@ def slow_evaluation() -> None:
     train.evaluate = slow
 
 
+@pytest.mark.long
 def test_a_signal_in_an_evaluation_stops_it_and_the_resumed_run_evaluates(
     tiny: tuple[str, ...], tiny_runs: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -138,7 +138,7 @@ def leave_it(node: Node, run: Path) -> None:
     ("spoil", "on_b", "named"),
     [
         pytest.param(leave_it, ("optimizer.lr=8",), ("optimizer.lr", "8.0", "16.0"), id="rate"),
-        pytest.param(leave_it, ("optimizer.lr=-1",), ("optimizer.lr", "-1"), id="invalid"),
+        pytest.param(leave_it, ("optimizer.lr=-1",), ("optimizer.lr", "-1"), id="invalid", marks=LONG),
         pytest.param(leave_it, ("checkpoint.keep=4",), ("checkpoint.keep", "4", "2"), id="saves", marks=LONG),
         pytest.param(edit_a_source, (), ("lars/optim/lars.py", "worker-a"), id="source", marks=LONG),
         pytest.param(change_rows, (), ("train-00001-of-00005.parquet", "509 rows"), id="rows", marks=LONG),

@@ -338,7 +338,7 @@ def test_the_caffe_forks_rule_is_exact_under_fsdp2(tmp_path: Path) -> None:
     assert worst(answer["states"], caffe=True) <= 1 and answer["all_reduces"] == 1
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
 def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
     assert (
         "lars.bind" in run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}}, bind=False)["refused"]
@@ -349,7 +349,10 @@ def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
     "zero",
     [
         pytest.param({"stage": 1, "round_robin_gradients": True}, marks=pytest.mark.long),
-        {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
+        pytest.param(
+            {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
+            marks=pytest.mark.long,
+        ),
         pytest.param({"stage": 2, "overlap_comm": True, "contiguous_gradients": False}, marks=pytest.mark.long),
         {"stage": 3, "reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0},
     ],

@@ -65,7 +65,12 @@ def recipe(tmp_path: Path) -> Path:
     return folder / "lion.yaml"
 
 
-def test_it_trains_resumes_and_is_sharded(recipe: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engines", [("zero2",), pytest.param(("zero0", "fsdp2"), marks=pytest.mark.long)], ids=" and ".join
+)
+def test_it_trains_resumes_and_is_sharded(
+    engines: tuple[str, ...], recipe: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     def trained(processes: int, name: str, steps: int, **how: str) -> dict:
         keys = (f"run_dir={tmp_path / name}", "schedule.warmup_lr=0.001", f"max_steps={steps}")
         play(processes, recipe, *tiny, *keys, log=tmp_path / f"{name}.log", **how)
@@ -76,7 +81,7 @@ def test_it_trains_resumes_and_is_sharded(recipe: Path, tiny: tuple[str, ...], t
     assert trained(2, "two", 6)["weights_sha256"] == whole["weights_sha256"]  # resumed, on another number of processes
     with safe_open(tmp_path / "two/checkpoints/step-00000006/momentum.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    for engine in ("zero0", "zero2", "fsdp2"):
+    for engine in engines:
         sharded = trained(2, engine, 3, where=engine)
         assert (sharded["engine"], sharded["reproducibility"]) == (engine, "numeric")
         losses = [
