@@ -47,6 +47,18 @@ def test_keeps_the_newest_and_names_it(tmp_path: Path) -> None:
     assert [tensors["w"][0] for tensors in read(found.path)] == [3, -3]
 
 
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, Checkpoint(keep=1, keep_best=True))
+    for step, (evaluated, top1) in enumerate([(1, 10.0), (2, 30.0), (3, 20.0), (3, 99.0), (5, 30.0), (6, 31.0)], 1):
+        reached = replace(state(step), evaluation={"step": evaluated, "top1": top1, "top5": 100.0})
+        writer.save(reached, {"w": torch.full((3,), float(step))}, {})
+        writer.wait()
+        kept = [path.name for path in saved(tmp_path)]
+        best = {1: 1, 2: 2, 3: 2, 4: 2, 5: 2, 6: 6}[step]  # the fourth was not evaluated, the fifth is no better
+        assert kept == [f"step-{n:08d}" for n in sorted({best, step})]
+        assert (tmp_path / "checkpoints/best").read_text() == f"step-{best:08d}\n"
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "momentum.safetensors", "state.json", "state.sha256"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(

@@ -56,7 +56,7 @@ def test_plain_timm_gives_the_run_s_logits_and_top1(
     theirs = torch.load(tmp_path / "theirs", weights_only=True)
     assert theirs["top1"] == pytest.approx(read_lines(run / "metrics.jsonl", "eval")[-1]["top1"])
 
-    of = subject(Namespace(subject=str(run), recipe=DEMO / "resnet50.yaml", data=str(data), ema=False))
+    of = subject(Namespace(subject=str(run), recipe=DEMO / "resnet50.yaml", data=str(data), best=False, ema=False))
     pixels = [
         torch.from_numpy(evaluation_image(row["image"]["bytes"], of.recipe.augment, of.recipe.model.image_size).copy())
         for row in pq.read_table(images).to_pylist()

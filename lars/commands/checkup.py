@@ -160,7 +160,7 @@ class Checkup:
         elif may_read and (self.roll.speaks or not hub and "://" not in str(place)):
             self.tried(build_indexes, recipe.data, recipe.model.num_classes)
         if self.roll.speaks and not self.checked and (model := self.tried(build_model, recipe)):
-            self.tried(check_room, run, recipe.checkpoint.keep, model[0])
+            self.tried(check_room, run, recipe.checkpoint, model[0])
 
     def _disk(self, row: str, folder: Path, key: str) -> None:
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -94,7 +94,7 @@ def changes(
     given: dict[str, Any] = {"data.path": data.path, "model.num_classes": classes, "global_batch": batch}
     model, kwargs, trained = args.model or "resnet18", {}, None
     if args.pretrained:
-        of = subject(argparse.Namespace(subject=args.pretrained, recipe=None, data=None, ema=False))
+        of = subject(argparse.Namespace(subject=args.pretrained, recipe=None, data=None, best=False, ema=False))
         trained = of.model
         model, kwargs = of.recipe.model.name, dict(of.recipe.model.kwargs)
         if of.recipe_file is None:
@@ -180,5 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
         save_model(trained, str(weights))
     header = f"# {recipe.model.name} for {args.data}. Lines behind a # have no effect; they show what could be said."
     file.write_text(written(recipe, f"{header}\n#\n#   lars reproduce {file}\n"))
-    print(f"{said}\n{file}: edit it, or train it as it is; a run that was stopped goes on:\n\n  lars reproduce {file}")
+    print(f"{said}\n{file}: edit it, look at what it trains on, and train; a run that was stopped goes on:\n")
+    print(f"  lars show {file}\n  lars reproduce {file}")
     return 0

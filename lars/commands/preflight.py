@@ -19,7 +19,7 @@ from lars.engine.build import build_model, build_optimizer, sums_order_free
 from lars.engine.memory import memory_line
 from lars.recipe import pretrained
 from lars.recipe.batch import BatchPlan
-from lars.recipe.keys import Recipe
+from lars.recipe.keys import Checkpoint, Recipe
 from lars.recipe.launched import uses_cpu
 from lars.recipe.refusal import RecipeError
 from lars.run import checkpoint, trackers
@@ -63,7 +63,7 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     even = engine != "plain" or not sums_order_free(recipe, processes)
     plan = BatchPlan.of(recipe, train.samples, processes, even)
     build_optimizer(recipe, model := build_model(recipe)[0])
-    check_room(Path(recipe.run_dir), recipe.checkpoint.keep, model)
+    check_room(Path(recipe.run_dir), recipe.checkpoint, model)
     return Preflight(train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}")
 
 
@@ -94,8 +94,8 @@ def _write_there(run: Path) -> None:
                 folder.rmdir()
 
 
-def check_room(run: Path, keep: int, model: nn.Module) -> None:
-    """Before a run: its disk must have room for `keep` checkpoints and the one that is being written.
+def check_room(run: Path, keys: Checkpoint, model: nn.Module) -> None:
+    """Before a run: its disk must have room for the checkpoints that are kept and the one that is being written.
 
     Raises:
         RecipeError: it has not.
@@ -106,9 +106,10 @@ def check_room(run: Path, keep: int, model: nn.Module) -> None:
     size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *model.parameters()))
     there = sum(file.stat().st_size for kept in checkpoint.saved(run) for file in kept.iterdir())
     free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
-    if there + free < (keep + 1) * size:
+    most = keys.keep + keys.keep_best + 1
+    if there + free < most * size:
         raise RecipeError(
-            f"{run} has room for {free / 2**20:,.0f} MiB, but {keep + 1} checkpoints (checkpoint.keep={keep}, and the "
-            f"one that is being written) take {(keep + 1) * size / 2**20:,.0f}: make room, lower checkpoint.keep or "
+            f"{run} has room for {free / 2**20:,.0f} MiB, but {most} checkpoints (checkpoint.keep={keys.keep}, and "
+            f"the one that is being written) take {most * size / 2**20:,.0f}: make room, lower checkpoint.keep or "
             "give another run_dir=..."
         )

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="RUN|MODEL")
     parser.add_argument("--recipe", type=Path, help="of a run: its recipe's file (default: recipes/<name>.yaml)")
     parser.add_argument("--data", help="data.path (default: the recipe's)")
+    parser.add_argument("--best", action="store_true", help="of a run: its best checkpoint (checkpoint.keep_best)")
     parser.add_argument("--ema", action="store_true", help="of a run: the moving average of its weights")
 
 
@@ -60,8 +61,8 @@ def subject(args: argparse.Namespace) -> Subject:
     """
     run = Path(args.subject)
     if args.subject.startswith(_NAMED) or not run.is_dir() and timm.is_model(args.subject):
-        if args.recipe or args.ema:
-            raise RecipeError(f"--recipe and --ema are of a run: leave them out for {args.subject}")
+        if args.recipe or args.ema or args.best:
+            raise RecipeError(f"--recipe, --best and --ema are of a run: leave them out for {args.subject}")
         return _published(args.subject, args.data)
     if not run.is_dir():
         raise RecipeError(f"{args.subject} is neither the folder of a run nor a model of timm: see `lars evaluate -h`")
@@ -69,11 +70,12 @@ def subject(args: argparse.Namespace) -> Subject:
 
 
 def _trained(run: Path, args: argparse.Namespace) -> Subject:
-    """With the weights of the newest whole checkpoint."""
+    """With the weights of the newest whole checkpoint, or of the one that was best by its own evaluation."""
     recipe_file = args.recipe or recipe_of(run, read_result(run, ("recipe", "steps")))
     keys = [*overrides_of(run, recipe_file), *([f"data.path={args.data}"] if args.data else [])]
     recipe = config.load(recipe_file, keys)
-    found = ((path, state) for path in reversed(checkpoint.saved(run)) if (state := checkpoint.verified(path)))
+    there = sorted(checkpoint.saved(run), key=checkpoint.top1_of) if args.best else checkpoint.saved(run)
+    found = ((path, state) for path in reversed(there) if (state := checkpoint.verified(path)))
     path, state = next(found, (None, None))
     if path is None or state is None:
         raise RecipeError(f"{run} has no checkpoint that is whole: train it again, or fetch its checkpoints/ folder")

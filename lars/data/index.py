@@ -150,7 +150,7 @@ def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:
     if not local and not address and not on_the_hub(data):
         raise RecipeError(f"{named}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):
-        raise RecipeError(f"{named} holds no .parquet file")
+        raise RecipeError(f"{named} holds no .parquet file; if it holds images, `lars new` packs them into some")
     try:
         parts = _files_at(path, data) if address else _files_of(path, data.revision)
     except Exception as error:

@@ -132,6 +132,7 @@ class Runtime:
 class Checkpoint:
     every_steps: int | None = key("null: at every evaluation", None, limit=POSITIVE, free=True)
     keep: int = key("how many of the newest are kept", 2, limit=POSITIVE, free=True)
+    keep_best: bool = key("keep the one with the highest top-1 too; the last one is what is judged", False, free=True)
     on_error: str = key("what to do when one cannot be written", "go_on", choices=("go_on", "stop"), free=True)
 
 

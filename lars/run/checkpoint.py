@@ -54,6 +54,15 @@ def saved(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name))
 
 
+def top1_of(checkpoint: Path) -> float:
+    """What its own weights reached; -1 for one that was saved between two evaluations, or is damaged."""
+    try:
+        state = _state(checkpoint)
+    except (OSError, ValueError):
+        return -1.0
+    return state.evaluation["top1"] if state.evaluation.get("step") == state.step else -1.0
+
+
 class Claim(NamedTuple):
     """A checkpoint as its name and its `state.json` have it; its files have not been compared with their hashes yet."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lars.recipe.keys import Checkpoint
-from lars.run.checkpoint import FILES, State, damage, name_of, saved, sha256
+from lars.run.checkpoint import FILES, State, damage, name_of, saved, sha256, top1_of
 from lars.run.folder import NotWritten, write_atomically
 from lars.run.lock import LockLost
 
@@ -29,7 +29,8 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keys: Checkpoint, may_write: Callable[[], None] = lambda: None) -> None:
         """`may_write` raises LockLost once the run folder belongs to another process."""
-        self.folder, self.keep, self.stop_on_error = run / "checkpoints", keys.keep, keys.on_error == "stop"
+        self.folder, self.keep, self.keep_best = run / "checkpoints", keys.keep, keys.keep_best
+        self.stop_on_error = keys.on_error == "stop"
         self.may_write = may_write
         self.whole: set[Path] = set()  # those that this process has read back or verified
         self.thread: threading.Thread | None = None
@@ -94,7 +95,7 @@ class CheckpointWriter:
             for other in saved(self.folder.parent):
                 if not self._is_whole(other):
                     self._put_aside(other)
-            for old in saved(self.folder.parent)[: -self.keep]:
+            for old in self._superseded():
                 shutil.rmtree(old)
         except LockLost as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -105,6 +106,14 @@ class CheckpointWriter:
             self.error = NotWritten(f"the checkpoint of step {state.step} could not be written, {before}: {error}")
             if not self.stop_on_error:
                 log.warning("%s; going on (checkpoint.on_error=go_on)", self.error)
+
+    def _superseded(self) -> list[Path]:
+        """All whole ones but the newest and, if it is to stay, the best, which the file `best` names."""
+        there = saved(self.folder.parent)
+        best = max(there, key=top1_of) if self.keep_best else None
+        if best is not None:
+            write_atomically(self.folder / "best", best.name + "\n")
+        return [old for old in there[: -self.keep] if old != best]
 
     def _is_whole(self, checkpoint: Path) -> bool:
         """Read at most once by a process; False where there is none, too."""

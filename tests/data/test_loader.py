@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import DEMO
 
+from lars.commands import show
 from lars.data.augment import draws_of, training_image
 from lars.data.index import Index, build_indexes
 from lars.data.loader import Loader, data_line, evaluation_batches, training_batches
@@ -251,3 +253,25 @@ def test_the_start_says_what_a_process_reads_and_warns_of_files_sorted_by_class(
     sorted_index, _ = build_indexes(config.load(DEMO / "resnet50.yaml", [f"data.path={tmp_path}"]).data, 10)
     data_line(recipe, sorted_index, BatchPlan.of(recipe, sorted_index.samples, 2))
     assert "the files are sorted by class" in caplog.text
+
+
+def test_lars_show_draws_what_training_gets(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = config.load(DEMO / "resnet50.yaml", list(tiny))
+    train, _ = build_indexes(recipe.data, 10)
+    shown = show.some_samples(train, recipe)
+    assert [label for _, label, _ in shown] == list(range(8))
+    per_epoch = train.samples // 96 + 1
+    order = Order(train, recipe.seed, 96, recipe.bn_group)
+    batches = training_batches(order, train, recipe, [range(96)], 0, 2 * per_epoch, torch.device("cpu"), lambda: False)
+    found: dict[int, list] = {}
+    for _ in range(2 * per_epoch):
+        batch = batches.take(96)
+        for sample, image in zip(batch.ids.tolist(), batch.images):
+            found.setdefault(sample, []).append(image.permute(1, 2, 0).numpy().copy())
+    batches.close()
+    for sample, _, data in shown:
+        evaluation, *epochs = show.views(recipe, sample, data)
+        assert evaluation.shape == epochs[0].shape and len(epochs) == 7
+        assert all(np.array_equal(one, other) for one, other in zip(found[sample][:2], epochs))
+    assert show.main([str(DEMO / "resnet50.yaml"), *tiny, "--out", str(tmp_path / "a/sheet.png")]) == 0
+    assert (tmp_path / "a/sheet.png").stat().st_size > 10_000

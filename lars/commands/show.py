@@ -1,0 +1,87 @@
+"""`lars show RECIPE [key=value ...]`: a picture of what a recipe trains on, to look at before hours are spent.
+
+    lars show recipes/demo/alexnet.yaml
+
+One row a class: what evaluation sees, and then what the first epochs see of the same image, to the pixel (mixup and
+cutmix come later, and are not shown). Written to runs/show/<name>.png, or --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lars.commands.subject import class_names, name_of
+from lars.data.augment import draws_of, evaluation_image, training_image
+from lars.data.decode import BadImage
+from lars.data.index import Index, build_indexes
+from lars.data.source import DataError, Source
+from lars.recipe import config
+from lars.recipe.keys import Recipe
+from lars.recipe.model_file import import_model_file
+from lars.recipe.refusal import RecipeError, refuses
+
+_ROWS, _EPOCHS = 8, 7
+
+
+def some_samples(index: Index, recipe: Recipe) -> list[tuple[int, int, bytes]]:
+    """(sample id, label, encoded image) of the first row group, the first of each class."""
+    name, data = index.files[0], recipe.data
+    with Source(name, data.retry_seconds).files.open(name) as stream:
+        table = pq.ParquetFile(stream).read_row_group(0, columns=[data.image_column, data.label_column])
+    labels = table[data.label_column].to_pylist()
+    first = sorted({label: row for row, label in reversed(list(enumerate(labels)))}.items())[:_ROWS]
+    images = table.take([row for _, row in first])[data.image_column].to_pylist()
+    return [(row, label, image["bytes"]) for (label, row), image in zip(first, images)]
+
+
+def views(recipe: Recipe, sample: int, data: bytes) -> list[np.ndarray]:
+    """uint8 (size, size, 3): for evaluation, and in each of the first epochs."""
+    size, augment = recipe.model.image_size, recipe.augment
+    draws = draws_of(recipe.seed, np.arange(_EPOCHS), np.full(_EPOCHS, sample))
+    return [evaluation_image(data, augment, size), *(training_image(data, augment, size, row) for row in draws)]
+
+
+def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> None:
+    """The views of each sample in a row, under the name of its class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = _EPOCHS + 1
+    size = (1.35 * columns, 1.4 * len(rows) + 0.6)
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
+    for (name, pictures), axes in zip(rows, grid):
+        for column, (picture, place) in enumerate(zip(pictures, axes)):
+            place.imshow(picture, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+            if place in grid[0]:
+                place.set_title(f"epoch {column}" if column else "evaluation", fontsize=9)
+        axes[0].set_ylabel(name if len(name) < 20 else f"{name[:19]}…", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+@refuses(RecipeError, DataError, BadImage, OSError)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    import_model_file(args.recipe.parent)
+    recipe = config.load(args.recipe, args.overrides)
+    (train,) = build_indexes(recipe.data, recipe.model.num_classes, (recipe.data.train_split,))
+    names, out = class_names(recipe.data), args.out or Path("runs/show") / f"{recipe.name}.png"
+    found = some_samples(train, recipe)
+    rows = [(name_of(label, names), views(recipe, sample, data)) for sample, label, data in found]
+    size = recipe.model.image_size
+    sheet(rows, f"{recipe.name}, seed {recipe.seed}: {size} x {size} pixels, as training and evaluation see them", out)
+    print(f"{out}: {len(rows)} images of {train.samples:,}, a row each")
+    return 0
