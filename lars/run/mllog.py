@@ -46,6 +46,11 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
             f"the data are ImageNet's 1,281,167 + 50,000 images, not {samples:,} + {val_samples:,}",
         ),
         (recipe.model.name in ("resnet50", "resnet50_mlperf"), f"the model is ResNet-50, not {recipe.model.name}"),
+        (
+            recipe.model.name == "resnet50_mlperf",
+            "the last layer begins with N(0, 0.01) and every gamma with 1: model.name=resnet50_mlperf",
+        ),
+        (augment.scale == [0.05, 1.0], f"crops take 5 % of the area at least, not {100 * augment.scale[0]:g} %"),
         (recipe.model.image_size == 224, f"images have 224 pixels, not {recipe.model.image_size}"),
         (augment.label_smoothing == 0.1, f"label smoothing is 0.1, not {augment.label_smoothing:g}"),
         (
