@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import DEMO, ROOT
 
+from lars.commands import ledger
 from lars.commands.ledger import complaint, entries, keep
 from lars.commands.tables import (
     DEVICES,
@@ -97,6 +100,35 @@ def test_an_entry_of_the_ledger_is_a_whole_proof(entry: Path) -> None:
     assert complaint(entry) is None
     written = (entry / "config.yaml").read_text()
     assert "run_dir:" not in written and "\n  path:" not in written
+
+
+@pytest.mark.parametrize(
+    ("cheat", "words"),
+    [
+        ({"data": {"val_split": "train"}}, "data.val_split differ from alexnet.yaml"),
+        ({"epochs": 32.0, "augment": {"flip": 0.0}}, "augment.flip, epochs differ"),
+        ({"model": {"kwargs": {"width": 1.0, "image_size": 67}}}, "model.kwargs differ"),
+        ({"ema_decay": 0.9}, "ema_decay differ"),  # a key that was not there when the entries were made
+        ({"max_steps": 208}, "stopped early, at max_steps=208"),
+        ({"seed": 7}, ""),
+    ],
+)
+def test_a_dressed_up_run_is_no_entry(
+    cheat: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipes, run = tmp_path / "recipes", tmp_path / "seed-7"
+    (recipes / "demo").mkdir(parents=True)
+    for name in ("alexnet.yaml", "model.py"):
+        shutil.copy(DEMO / name, recipes / "demo")
+    shutil.copytree(DEMO / "results/alexnet/seed-0", run)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in cheat.items():
+        written[key] = {**written[key], **value} if isinstance(value, dict) else value
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    monkeypatch.setattr(ledger, "RECIPES", recipes)
+    monkeypatch.setattr("sys.argv", ["ledger", str(run)])
+    assert ledger.main() == (2 if words else 0)
+    assert words in capsys.readouterr().err and (recipes / "demo/results/alexnet/seed-7").is_dir() != bool(words)
 
 
 def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 An entry is the proof of a row: `config.yaml` (the resolved recipe, without the paths of one machine), `metrics.jsonl`
 (every step), `result.json` (accuracy, hashes, versions, hardware, commit), perhaps `mllog.txt`. `make tables` reads it.
+A run that differs from its recipe in anything but the seed, or stopped early, is no entry of that recipe.
 """
 
 from __future__ import annotations
@@ -12,9 +13,21 @@ from pathlib import Path
 
 import yaml
 
+from lars.recipe import config
+from lars.recipe.keys import differing, fixing
+from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run.folder import write_atomically
-from lars.run.reading import RECIPES, diverged, is_name, read_bytes, read_config, read_lines, read_result
+from lars.run.reading import (
+    RECIPES,
+    diverged,
+    flatten_run,
+    is_name,
+    read_bytes,
+    read_config,
+    read_lines,
+    read_result,
+)
 
 _OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
 
@@ -39,6 +52,18 @@ def complaint(run: Path) -> str | None:
     if not read_config(run):
         return "it has no config.yaml"
     return None
+
+
+def other_run(run: Path, recipe_file: Path) -> str | None:
+    """Why a run is not one of this recipe; None if only the seed may be another."""
+    if not recipe_file.is_file():
+        return f"there is no {recipe_file}"
+    import_model_file(recipe_file.parent)
+    ran, recipe = flatten_run(run), config.trajectory(config.load(recipe_file, []))
+    keys = [key for key in differing(fixing(ran), recipe) if key not in ("seed", "model.weights_sha256")]
+    if keys:
+        return f"{', '.join(keys[:3])}{', ...' * (len(keys) > 3)} differ from {recipe_file.name}: copy the recipe"
+    return f"it stopped early, at max_steps={ran['max_steps']}" if ran.get("max_steps") else None
 
 
 def keep(run: Path, entry: Path) -> None:
@@ -77,6 +102,8 @@ def main() -> int:
         model, _, what = name.partition("/") if is_name(name) else ("", "", "")
         if not model or not (RECIPES / model).is_dir():
             raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
+        if why := complaint(run) or other_run(run, RECIPES / f"{name}.yaml"):
+            raise RecipeError(f"{run} is no proof of {name}: {why}")
         entry = RECIPES / model / "results" / what / run.resolve().name
         keep(run, entry)
         print(os.path.relpath(entry))
