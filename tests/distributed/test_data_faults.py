@@ -52,7 +52,7 @@ def test_a_run_against_a_misbehaving_server_is_the_same_run(
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("503", "503"), pytest.param("403", "credentials", marks=pytest.mark.long)]
+    ("fault", "words"), [pytest.param(*row, marks=pytest.mark.long) for row in (("503", "503"), ("403", "credentials"))]
 )
 def test_data_that_stay_away_stop_the_run_with_a_checkpoint_and_it_goes_on_later(
     fault: str, words: str, tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]

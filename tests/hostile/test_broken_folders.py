@@ -486,14 +486,14 @@ def test_a_strangers_folder_is_data(what: str, spied: tuple[dict[str, int], str,
         "climbing",
         2,
     ),
-    ("an interpolation among what verify takes from a run", "refused by verify", "asking", 2),
-    ("arguments of a model by which timm loads weights", "refused by verify", "loading", 2),
+    ("an interpolation among what verify takes from a run", "refused by verify and ledger", "asking", 2),
+    ("arguments of a model by which timm loads weights", "refused by verify and ledger", "loading", 2),
     arguments="folder, status",
 )
 def test_verify_takes_code_recipe_and_data_from_here(folder: str, status: int, spied: tuple) -> None:
     statuses, output, *_, clone = spied
     assert statuses[f"verify {folder}"] == status and "--recipe" in output
-    assert statuses[f"ledger {folder}"] == (2 if folder == "climbing" else 0)
+    assert statuses[f"ledger {folder}"] == 2
     assert (
         not is_name(f"../{folder}")
         and not is_name(f"demo/../{folder}")

@@ -24,6 +24,7 @@ from promises import promised
 from lars.commands import reproduce
 from lars.commands.preflight import check_room
 from lars.recipe import config
+from lars.recipe.keys import Checkpoint
 from lars.recipe.refusal import RecipeError
 from lars.run import checkpoint, peers, watchdog
 from lars.run.reading import read_lines, read_result
@@ -594,14 +595,14 @@ def test_room_counts_what_is_there(
 
     model = build_model(config.load(RECIPE, list(tiny)))[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    check_room(tiny_runs[1], 2, model)  # finished
+    check_room(tiny_runs[1], Checkpoint(keep=2), model)  # finished
     (tmp_path / "checkpoints").symlink_to(tiny_runs[1] / "checkpoints")
     kept = len(checkpoint.saved(tmp_path))
     with pytest.raises(RecipeError, match="has room for 0 MiB, but"):
-        check_room(tmp_path, kept, model)
+        check_room(tmp_path, Checkpoint(keep=kept), model)
     size = sum(file.stat().st_size for file in checkpoint.saved(tmp_path)[0].iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-    check_room(tmp_path, kept, model)
+    check_room(tmp_path, Checkpoint(keep=kept), model)
 
 
 def fill(folder: Path, size: str, free_again: bool) -> None:

@@ -65,9 +65,8 @@ def recipe(tmp_path: Path) -> Path:
     return folder / "lion.yaml"
 
 
-@pytest.mark.parametrize(
-    "engines", [("zero2",), pytest.param(("zero0", "fsdp2"), marks=pytest.mark.long)], ids=" and ".join
-)
+@pytest.mark.long
+@pytest.mark.parametrize("engines", [("zero2",), ("zero0", "fsdp2")], ids=" and ".join)
 def test_it_trains_resumes_and_is_sharded(
     engines: tuple[str, ...], recipe: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
