@@ -50,9 +50,7 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
     source = Path(os.path.expanduser(args.source))
     splits = [split for split in SPLITS if split in (args.split or SPLITS)]
     folders = split_folders(source)
-    kind = _kind(source, folders)
-    if kind == "parquet" and args.val_share is not None and source.is_dir():
-        kind = "classes"
+    kind = _kind(source, folders, args.val_share)
     _check_options(args, kind)
     if source.is_file():
         raise RecipeError(f"SOURCE={source} is a file: give the folder that it is in")
@@ -68,8 +66,10 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
         print("convert: listing the images", flush=True)
         if kind == "classes":
             found = divided_folder(source, args.val_share)
+        elif kind == "tars":
+            found = ilsvrc_tars(source, splits, args.val_labels)
         else:
-            found = ilsvrc_tars(source, splits, args.val_labels) if kind == "tars" else image_folder(source, splits)
+            found = image_folder(source, splits)
         found.check()
         _say_found(found)
         jobs, identity = packs(args.out, found, args.file_mb or 500)
@@ -82,14 +82,14 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], dict[str, Any]]:
     return jobs, {"form": FORM, **options, "writer": writer, **identity}
 
 
-def _kind(source: Path, folders: list[Path]) -> str:
-    """What SOURCE is: "tars", "images" (one of `folders`, its splits', holds folders), or else "parquet"."""
+def _kind(source: Path, folders: list[Path], val_share: float | None) -> str:
+    """What SOURCE is: "tars", "images" (one of `folders`, its splits', holds folders), "classes" or else "parquet"."""
     if any((source / tar).is_file() for tar in TARS.values()):
         return "tars"
     for folder in folders:
         if any(entry.is_dir() for entry in os.scandir(folder)):
             return "images"
-    return "parquet"
+    return "classes" if val_share is not None and source.is_dir() else "parquet"
 
 
 def _check_options(args: argparse.Namespace, kind: str) -> None:

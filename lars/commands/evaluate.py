@@ -25,11 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lars.commands.subject import Subject, add_arguments, name_of, subject
-from lars.data.index import Index, build_indexes
+from lars.data.index import build_indexes
 from lars.data.source import DataError
 from lars.engine.evaluate import evaluate_weights
 from lars.engine.plain import Plain
-from lars.recipe.batch import BatchPlan
 from lars.recipe.launched import Launched, is_first
 from lars.recipe.refusal import RecipeError
 from lars.run.folder import weights_sha256
@@ -53,9 +52,8 @@ def evaluated(of: Subject, split: str, peers: Peers, launched: Launched) -> tupl
     engine = Plain(of.recipe, launched)
     engine.prepare(of.model, [])
     confusion = torch.zeros(2 * (of.recipe.model.num_classes,), dtype=torch.int64, device=engine.device)
-    scores = evaluate_weights(
-        engine, of.recipe, index, _chunks(of, index, launched.processes), lambda turn: False, lambda: False, confusion
-    )
+    chunk = of.recipe.runtime.micro_batch or of.recipe.bn_group or _CHUNK
+    scores = evaluate_weights(engine, of.recipe, index, chunk, lambda turn: False, lambda: False, confusion)
     if scores.scores is None:
         raise scores.data_error or DataError("another process could not read its images")
     confusion = confusion.cpu()
@@ -63,12 +61,6 @@ def evaluated(of: Subject, split: str, peers: Peers, launched: Launched) -> tupl
         dist.all_reduce(confusion, group=peers.group)
     found = {"model": of.title, "weights_sha256": digest, "split": split, "fingerprint": index.fingerprint}
     return found | scores.scores, confusion
-
-
-def _chunks(of: Subject, index: Index, processes: int) -> BatchPlan:
-    """Only its `micro_batch` is used: the images of one forward."""
-    micro = of.recipe.runtime.micro_batch or of.recipe.bn_group or _CHUNK
-    return BatchPlan(index.samples, micro, micro, None, processes, 1.0)
 
 
 def by_class(confusion: Tensor, names: list[str] | None) -> list[dict[str, Any]]:

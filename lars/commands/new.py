@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe.name = f"{args.name}/{recipe.model.name}"
     file = folder / f"{recipe.model.name}.yaml"
     weights = file.with_suffix(".safetensors")
-    for there in filter(Path.exists, (file, weights)):
+    if there := next(filter(Path.exists, (file, weights)), None):
         raise RecipeError(f"{there} is there already: give another NAME, or edit it")
     build_model(recipe)
     BatchPlan.of(recipe, samples, 2)

@@ -20,7 +20,7 @@ from torch import nn
 
 from lars.commands.verify import overrides_of, recipe_of
 from lars.data.index import resolve
-from lars.engine.average import averages_in
+from lars.engine.average import parted
 from lars.engine.build import build_model
 from lars.recipe import config
 from lars.recipe.keys import Augment, Data, Model, Recipe
@@ -80,8 +80,8 @@ def _trained(run: Path, args: argparse.Namespace) -> Subject:
     if path is None or state is None:
         raise RecipeError(f"{run} has no checkpoint that is whole: train it again, or fetch its checkpoints/ folder")
     model, _ = build_model(recipe)
-    weights, momentum = read_fitting(path, state, recipe, model)
-    averages = averages_in(momentum)
+    weights, beside = read_fitting(path, state, recipe, model)
+    _, averages = parted(beside)
     if args.ema and not averages:
         raise RecipeError(f"{run} keeps no moving average: its recipe has no ema_decay")
     checkpoint.load_weights(weights | averages if args.ema else weights, state, model)

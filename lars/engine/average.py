@@ -60,6 +60,7 @@ def named_in_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name + _MARK: tensor for name, tensor in tensors.items()}
 
 
-def averages_in(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse; empty if the run keeps none."""
-    return {name.removesuffix(_MARK): tensor for name, tensor in saved.items() if name.endswith(_MARK)}
+def parted(saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint keeps beside the weights: momentum, and the averages by the model's own names."""
+    averages = {name.removesuffix(_MARK): tensor for name, tensor in saved.items() if name.endswith(_MARK)}
+    return {name: tensor for name, tensor in saved.items() if not name.endswith(_MARK)}, averages

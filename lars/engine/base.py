@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from lars.data.mix import group_size, mix
-from lars.engine.average import Average, averages_in, named_in_checkpoint
+from lars.engine.average import Average, named_in_checkpoint, parted
 from lars.exact.ghost_batchnorm import GhostBatchNorm2d
 from lars.exact.keyed import Purpose, mix64
 from lars.exact.reduction import OrderFreeSum
@@ -177,10 +177,8 @@ class Engine(ABC):
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
         """The reverse of `optimizer_state`."""
-        averages = averages_in(saved)
-        self.load_momentum(
-            {name: tensor for name, tensor in saved.items() if name not in named_in_checkpoint(averages)}
-        )
+        momentum, averages = parted(saved)
+        self.load_momentum(momentum)
         if self.average:
             for name, tensor in averages.items():
                 self.average.averages[name].copy_(tensor)

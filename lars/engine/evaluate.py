@@ -30,7 +30,7 @@ class Evaluation:
 
     @property
     def line(self) -> str:
-        scores = self.scores or {}
+        scores = self.scores
         average = f" (moving average: {scores['ema_top1']:.2f} %)" if "ema_top1" in scores else ""
         return f"top-1 {scores['top1']:.2f} %{average}, top-5 {scores['top5']:.2f} %"
 
@@ -44,12 +44,13 @@ def evaluate(
     stop: Callable[[], bool],
 ) -> Evaluation:
     """The weights, and their moving average if there is one, over the whole split: see `evaluate_weights`."""
-    own = evaluate_weights(engine, recipe, index, plan, stopping, stop)
+    chunk = plan.micro_batch
+    own = evaluate_weights(engine, recipe, index, chunk, stopping, stop)
     if engine.average is None or own.scores is None:
         return own
-    turns = -(-index.samples // plan.micro_batch)  # what follows comes after those, for the watchdog
+    turns = -(-index.samples // chunk)  # what follows comes after those, for the watchdog
     with engine.average.in_place():
-        other = evaluate_weights(engine, recipe, index, plan, lambda turn: stopping(turns + turn), stop)
+        other = evaluate_weights(engine, recipe, index, chunk, lambda turn: stopping(turns + turn), stop)
     if other.scores is None:
         return other
     return Evaluation(own.scores | {f"ema_{name}": other.scores[name] for name in ("loss", "top1", "top5")})
@@ -60,14 +61,14 @@ def evaluate_weights(
     engine: Engine,
     recipe: Recipe,
     index: Index,
-    plan: BatchPlan,
+    chunk: int,
     stopping: Callable[[int], bool],
     stop: Callable[[], bool],
     confusion: Tensor | None = None,
 ) -> Evaluation:
     """Loss, top-1 and top-5 over every image once.
 
-    The split is cut into chunks of `micro_batch` samples, the last one shorter; processes take chunks, so no sample is
+    The split is cut into chunks of `chunk` samples, the last one shorter; processes take chunks, so no sample is
     padded or seen twice, and the chunks do not depend on the number of processes. All ask `stopping` before each
     chunk; a process that waits for data asks `stop`.
 
@@ -79,7 +80,6 @@ def evaluate_weights(
         DataError: some of them cannot be decoded.
         FloatingPointError: the loss is not finite.
     """
-    chunk = plan.micro_batch
     chunks, processes = -(-index.samples // chunk), engine.accelerator.num_processes
     mine = range(engine.rank * chunks // processes, (engine.rank + 1) * chunks // processes)
     total = OrderFreeSum([], passes=1, floats=1, counts=5, device=engine.device)
