@@ -77,14 +77,12 @@ def by_class(confusion: Tensor, names: list[str] | None) -> list[dict[str, Any]]
 
 def picture(confusion: Tensor, names: list[str] | None, title: str, file: Path) -> None:
     """The share of each class's images that is taken for each class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shares = confusion.numpy() / np.maximum(confusion.sum(1, keepdim=True).numpy(), 1)
     size = 3.5 + 0.28 * len(shares)
-    figure, axes = plt.subplots(figsize=(size + 0.6, size), layout="constrained")
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    axes = figure.add_subplot()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     labels = [name_of(label, names) for label in range(len(shares))]
     axes.set_xticks(range(len(shares)), labels, rotation=90)
@@ -97,7 +95,6 @@ def picture(confusion: Tensor, names: list[str] | None, title: str, file: Path) 
                 axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color=dark)
     figure.colorbar(image, ax=axes, label="per cent of the label's images", shrink=0.8)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def write(found: dict[str, Any], confusion: Tensor, names: list[str] | None, out: Path) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lars.commands import convert
-from lars.commands.subject import class_names, subject
+from lars.commands.subject import class_names, name_of, subject
 from lars.data.decode import BadImage, Encoded
 from lars.data.image_folder import split_folders
 from lars.data.index import build_indexes, resolve
@@ -54,15 +54,15 @@ def packed(folder: Path) -> Path | None:
     return None if convert.main([str(folder), str(out), "--resize", str(_SIDE), *share]) else out
 
 
-def classes_of(data: Data) -> int:
-    """How many classes the labels have: as the schema names them, or else one more than the largest label."""
-    if names := class_names(data):
+def classes_of(data: Data, names: list[str] | None) -> int:
+    """How many classes the labels have: as many as have names, or else one more than the largest label."""
+    if names:
         return len(names)
     labels = (pq.read_table(file, columns=[data.label_column]) for file in resolve(data)[data.train_split])
     return 1 + max(table[data.label_column].to_numpy().max() for table in labels)
 
 
-def look(data: Data, classes: int) -> tuple[int, str]:
+def look(data: Data, classes: int, names: list[str] | None) -> tuple[int, str]:
     """The training split's size, and what a person wants to know of both splits in a line."""
     train, val = build_indexes(data, classes)
     table = pq.ParquetFile(train.files[0]).read_row_group(0).slice(0, 200)
@@ -77,8 +77,8 @@ def look(data: Data, classes: int) -> tuple[int, str]:
         np.bincount(pq.read_table(file, columns=[data.label_column])[data.label_column].to_numpy(), minlength=classes)
         for file in train.files
     )
-    names, few = class_names(data), int(counts.argmin())
-    fewest = f"the smallest class, {names[few] if names else few}, has {counts[few]:,}"
+    few = int(counts.argmin())
+    fewest = f"the smallest class, {name_of(few, names)}, has {counts[few]:,}"
     width, height = np.median(sizes, axis=0) if sizes else (0, 0)
     images = f"{train.samples:,} training and {val.samples:,} validation images of {classes} classes"
     return train.samples, f"{images}; {fewest}; they are {width:.0f} x {height:.0f} pixels (median)"
@@ -164,8 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     if (place := packed(args.data)) is None:  # `lars convert` has said why
         return 2
     data = Data(path=str(place.resolve()))
-    classes = classes_of(data)
-    samples, said = look(data, classes)
+    names = class_names(data)
+    classes = classes_of(data, names)
+    samples, said = look(data, classes, names)
     keys, trained = changes(args, folder, data, classes, samples)
     recipe = config.load(FINETUNE if args.pretrained else STARTER, keys)
     recipe.name = f"{args.name}/{recipe.model.name}"

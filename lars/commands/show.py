@@ -47,14 +47,12 @@ def views(recipe: Recipe, sample: int, data: bytes) -> list[np.ndarray]:
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> None:
     """The views of each sample in a row, under the name of its class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = _EPOCHS + 1
     size = (1.35 * columns, 1.4 * len(rows) + 0.6)
-    figure, grid = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
     for (name, pictures), axes in zip(rows, grid):
         for column, (picture, place) in enumerate(zip(pictures, axes)):
             place.imshow(picture, interpolation="nearest")
@@ -65,7 +63,6 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> N
     figure.suptitle(title, fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 @refuses(RecipeError, DataError, BadImage, OSError)

@@ -43,11 +43,15 @@ class Schedule:
     @classmethod
     def of(cls, recipe: Recipe, plan: BatchPlan) -> Schedule:
         """Epochs to steps: warm-up ends after warmup_epochs * N / B steps, decay after decay_steps or with the run."""
-        keys, epoch = recipe.schedule, plan.samples / plan.global_batch
-        warmup, hold = keys.warmup_epochs * plan.samples / plan.global_batch, keys.hold_epochs * epoch
+        keys = recipe.schedule
+
+        def steps(epochs: float) -> float:
+            return epochs * plan.samples / plan.global_batch
+
+        warmup, hold = steps(keys.warmup_epochs), steps(keys.hold_epochs)
         decay = keys.decay_steps or plan.horizon - (warmup if keys.decay_from == "warmup_end" else 0.0) - hold
         ramp = (recipe.optimizer.lr, keys.warmup_lr, warmup, keys.warmup_power)
-        drops = tuple(milestone * epoch for milestone in keys.milestones)
+        drops = tuple(map(steps, keys.milestones))
         return cls(*ramp, keys.decay_from, decay, keys.power, keys.end_lr, keys.shape, hold, drops, keys.gamma)
 
     def rate(self, step: float) -> float:
