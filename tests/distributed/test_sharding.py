@@ -380,7 +380,8 @@ def test_stage_0_needs_no_collective(tmp_path: Path) -> None:
     assert worst(answer["states"]) <= 1 and answer["all_reduces"] == 0
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_s_own_bf16_section_is_exact_on_its_masters(stage: int, tmp_path: Path) -> None:
     """With `data_types.grad_accum_dtype: fp32` every stage averages and keeps the bf16 gradients in float32."""
     answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}})
