@@ -42,7 +42,7 @@ def cluster(name: str, *changes: str) -> Cluster:
 
 def work(**changes: object) -> Work:
     """ResNet-50, batch 32,768, the order-free sum, no data."""
-    usual = Work(RESNET50, 50_000, 32_768, 64, "bf16", True, 8, 0.0)
+    usual = Work(RESNET50, RESNET50, 50_000, 32_768, 64, "bf16", True, 8, 0.0)
     return replace(usual, **changes)
 
 
@@ -238,6 +238,19 @@ def test_what_a_plan_does_not_hold_for_is_said(capsys: pytest.CaptureFixture) ->
     assert "bf16 counted as fp32" in said and "a deterministic process uses one CPU thread" in said
     assert main([str(RESNET), str(ROOT / "launch/clusters/tpu-v3-1024.yaml"), *keys]) == 0
     assert "nothing here runs on TPU v3 chip" in capsys.readouterr().out
+
+
+def test_small_images_cost_what_they_cost_for_as_long_as_they_last() -> None:
+    """A convolutional net's work is proportional to the pixels: 3/4 of the epochs at half the side cost 7/16 of it."""
+    growing_keys = ("augment.sizes=[96,192]", "augment.size_epochs=[67.5]")  # of 90; both are multiples of its stride
+    plans = [
+        make_plan(config.load(RESNET, [TINY[1], "model.image_size=192", *more]), cluster("h100-64"))
+        for more in ((), growing_keys)
+    ]
+    whole, growing = (plan.work.counts for plan in plans)
+    assert growing.flops == pytest.approx(7 / 16 * whole.flops, rel=0.01)  # the last layer's share does not shrink
+    assert plans[0].work.evaluated == plans[1].work.evaluated
+    assert plans[0].activation_bytes == plans[1].activation_bytes  # of the largest
 
 
 def test_a_sweep_prints_a_line_each_and_draws(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

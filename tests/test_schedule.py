@@ -9,7 +9,7 @@ from conftest import ROOT
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.refusal import RecipeError
-from lars.recipe.schedule import Schedule
+from lars.recipe.schedule import Schedule, training_size
 
 IMAGENET = 1_281_167
 
@@ -76,11 +76,24 @@ def test_warm_up_then_stable_then_decay() -> None:
         ("schedule.shape=step schedule.power=1 schedule.milestones=[3] schedule.end_lr=0.1", "end_lr"),
         ("schedule.hold_epochs=1e6", "leaves nothing"),
         ("schedule.shape=cosin", "cosine"),
+        ("augment.sizes=[28] augment.size_epochs=[3]", "one positive size more"),
+        ("augment.sizes=[0,28] augment.size_epochs=[3]", "one positive size more"),
+        ("augment.sizes=[20,24,28] augment.size_epochs=[5,3]", "grow"),
+        ("augment.sizes=[20,28] augment.size_epochs=[30]", "below epochs=16"),
+        ("augment.sizes=[28] augment.crop=random_crop", "random_resized_crop"),
+        ("augment.sizes=[28] runtime.portable=false runtime.compile=true", "compile false"),
     ],
 )
 def test_a_key_without_use_is_refused(wrong: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         config.load(ROOT / "recipes/demo/alexnet.yaml", wrong.split())
+
+
+def test_images_grow_in_the_epoch_that_the_recipe_says() -> None:
+    """FFCV's 16 epochs: 160 pixels, from the twelfth epoch on 192; evaluated at 256."""
+    recipe = config.load(ROOT / "recipes/resnet50/ffcv-16ep.yaml", [])
+    assert [training_size(recipe, epoch) for epoch in (0, 11.99, 12.0, 15.9)] == [160, 160, 192, 192]
+    assert recipe.model.image_size == 256
 
 
 def test_the_alexnet_recipe_jumps_from_32_to_25_92() -> None:

@@ -23,6 +23,7 @@ from lars.recipe import config
 from lars.recipe.keys import Recipe
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
+from lars.recipe.schedule import training_size, training_sizes
 
 _ROWS, _EPOCHS = 8, 7
 
@@ -39,10 +40,11 @@ def some_samples(index: Index, recipe: Recipe) -> list[tuple[int, int, bytes]]:
 
 
 def views(recipe: Recipe, sample: int, data: bytes) -> list[np.ndarray]:
-    """uint8 (size, size, 3): for evaluation, and in each of the first epochs."""
+    """uint8 (size, size, 3) each: for evaluation, and in each of the first epochs."""
     size, augment = recipe.model.image_size, recipe.augment
     draws = draws_of(recipe.seed, np.arange(_EPOCHS), np.full(_EPOCHS, sample))
-    return [evaluation_image(data, augment, size), *(training_image(data, augment, size, row) for row in draws)]
+    trained = [training_image(data, augment, training_size(recipe, e), row) for e, row in enumerate(draws)]
+    return [evaluation_image(data, augment, size), *trained]
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> None:
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     names, out = class_names(recipe.data), args.out or Path("runs/show") / f"{recipe.name}.png"
     found = some_samples(train, recipe)
     rows = [(name_of(label, names), views(recipe, sample, data)) for sample, label, data in found]
-    size = recipe.model.image_size
-    sheet(rows, f"{recipe.name}, seed {recipe.seed}: {size} x {size} pixels, as training and evaluation see them", out)
+    sizes = ", ".join(f"{size} x {size}" for size in sorted({*training_sizes(recipe), recipe.model.image_size}))
+    sheet(rows, f"{recipe.name}, seed {recipe.seed}: {sizes} pixels, as training and evaluation see them", out)
     print(f"{out}: {len(rows)} images of {train.samples:,}, a row each")
     return 0

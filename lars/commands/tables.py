@@ -35,7 +35,7 @@ IN_THE_README = {
     "demo/alexnet": "",
     "demo/resnet50": "",
 }
-_ORDER = ("sgd", "lars", "nus", "mlperf")  # of a folder's rows
+_ORDER = ("sgd", "lars", "ffcv", "nus", "mlperf")  # of a folder's rows
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def results_table() -> str:
     batches = [recipe.global_batch for recipe in every if recipe.name not in IN_THE_README]
     links = ", ".join(f"[{title}](recipes/{folder}/README.md)" for title, folder in MODELS.items())
     more, sizes = f"{len(batches)} more: {links}", f"{min(batches):,} to {max(batches):,}"
-    rows.insert(5, [more, sizes, "", "You et al., NUS-HPC, MLPerf", "", "", ""])  # after the paper's, before the demo's
+    sources = "You et al., NUS-HPC, MLPerf, FFCV"
+    rows.insert(5, [more, sizes, "", sources, "", "", ""])  # after the paper's, before the demo's
     return markdown(["recipe", "batch", "epochs", "published top-1 %", "ours top-1 %", "seeds", "log"], rows)
 
 

@@ -28,6 +28,7 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import cores_here, decoders
 from lars.recipe.refusal import RecipeError
+from lars.recipe.schedule import training_size, training_sizes
 
 log = logging.getLogger("lars")
 
@@ -99,6 +100,9 @@ def training_batches(
             for part in slots:
                 yield order.ids(step, part), order.epoch_of(step, part)
 
+    def size_of(number: int) -> int:
+        return training_size(recipe, (first_step + number // len(slots)) * order.batch / index.samples)
+
     def remaining(epoch: int) -> np.ndarray:
         wanted = np.zeros(index.samples, bool)
         steps = range(epoch * index.samples // order.batch, -(-(epoch + 1) * index.samples // order.batch))
@@ -107,7 +111,8 @@ def training_batches(
         return wanted
 
     reader = Reader(index, recipe.data, recipe.model.num_classes, remaining, _needed(order, index, mine))
-    batches = Loader(reader, passes(), max(map(len, slots)), recipe, training=True, device=device)
+    largest = max(map(len, slots)), max(training_sizes(recipe))
+    batches = Loader(reader, passes(), *largest, recipe, training=True, device=device, size_of=size_of)
     batches.stop = stop
     return batches
 
@@ -125,7 +130,7 @@ def evaluation_batches(
 
     passes = ((np.arange(low, high), np.zeros(high - low, np.int64)) for low, high in bounds)
     reader = Reader(index, recipe.data, recipe.model.num_classes, remaining, needed=0.0)
-    return Loader(reader, passes, chunk, recipe, training=False, device=device)
+    return Loader(reader, passes, chunk, recipe.model.image_size, recipe, training=False, device=device)
 
 
 class Loader:
@@ -144,11 +149,19 @@ class Loader:
         reader: Reader,
         passes: Iterable[Pass],
         most: int,
+        size: int,
         recipe: Recipe,
         training: bool,
         device: torch.device | None = None,
+        size_of: Callable[[int], int] | None = None,
     ) -> None:
-        """`most` is the number of samples of the largest pass."""
+        """Make the memory and the processes.
+
+        Args:
+            most: samples of the largest pass.
+            size: pixels of a side of the largest images.
+            size_of: the side of the images of a pass, by its number from 0; `size` for all of them if there is none.
+        """
         workers = workers_of(recipe)
         together = min(_TOGETHER, max(4, most // (2 * workers)))
         slots = max(3, -(-2 * workers * together // most) + 2)
@@ -157,14 +170,15 @@ class Loader:
         # Too many seconds without any news: more than a read is tried again for, and fewer than the watchdog waits.
         self.silent, self.patience = 0, (recipe.data.retry_seconds + recipe.runtime.hang_seconds) / 2
         self.cuda = device is not None and device.type == "cuda"
-        self.shared = Shared(slots, most, recipe.model.image_size, max(ARENA, 4 * workers * 2**20))
+        self.size_of = size_of or (lambda number: size)
+        self.shared = Shared(slots, most, size, max(ARENA, 4 * workers * 2**20))
         self.pipes = Pipes()
         self.next, self.passes = 0, None  # the pass to deliver next; how many there are, once known
         self.progress: dict[int, list[int]] = {}  # pass -> its slot, samples decoded
         self.lent: deque[tuple[int, torch.cuda.Event | None]] = deque()  # slots that were delivered, oldest first
         self.failure: tuple[int, Exception] | None = None
         serve = Serving(reader, passes, self.shared, self.pipes, together)
-        decode = Decoding(recipe, training, self.shared, self.pipes)
+        decode = Decoding(recipe, training, self.size_of, self.shared, self.pipes)
         self.children = {fork(serve.run): "reading"} | {fork(decode.run): "decoding" for _ in range(workers)}
         self.close = weakref.finalize(self, end, self.children, self.pipes, self.shared)
         self.pipes.keep(self.pipes.news[0], self.pipes.free[1])
@@ -177,7 +191,8 @@ class Loader:
         try:
             return next(self)
         except (DataError, RecipeError, InterruptedError) as error:
-            images = torch.zeros(samples, 3, *self.shared.images.shape[2:4], dtype=torch.uint8)
+            size = self.size_of(self.next)
+            images = torch.zeros(samples, 3, size, size, dtype=torch.uint8)
             return Batch(images, torch.zeros(samples, dtype=torch.int64), np.zeros(samples, np.int64), 0, error)
 
     def __iter__(self) -> Loader:
@@ -199,12 +214,13 @@ class Loader:
             self.close()
             raise StopIteration
         del self.progress[self.next]
+        size = self.size_of(self.next)
         self.next += 1
         self.waited += time.perf_counter() - started
         samples, bad = map(int, self.shared.counts[slot])
         self.lent.append((slot, None))
         return Batch(
-            torch.from_numpy(self.shared.images[slot, :samples]).permute(0, 3, 1, 2),
+            torch.from_numpy(self.shared.pixels(slot, size)[:samples]).permute(0, 3, 1, 2),
             torch.from_numpy(self.shared.labels[slot, :samples].copy()),
             self.shared.ids[slot, :samples].copy(),
             bad,

@@ -17,7 +17,7 @@ import select
 import signal
 import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -48,6 +48,7 @@ class Shared:
     """Memory of all processes of a loader: the pixels of a few passes (`slots`), and encoded samples on their way."""
 
     def __init__(self, slots: int, samples: int, size: int, arena: int) -> None:
+        """Of `slots` passes of `samples` images at most, each at most `size` pixels high and wide."""
         parts = {"images": slots * samples * size * size * 3, "labels": 8 * slots * samples, "ids": 8 * slots * samples}
         parts |= {"counts": 16 * slots, "error": _ERROR, "arena": arena}
         begins, total = {}, 0
@@ -58,11 +59,16 @@ class Shared:
         def array(name: str, kind: type, *shape: int) -> np.ndarray:
             return np.frombuffer(self.memory, kind, int(np.prod(shape)), begins[name]).reshape(shape)
 
-        self.images = array("images", np.uint8, slots, samples, size, size, 3)
+        self.images = array("images", np.uint8, slots, samples * size * size * 3)
         self.labels, self.ids = (array(name, np.int64, slots, samples) for name in ("labels", "ids"))
         self.counts = array("counts", np.int64, slots, 2)  # of each slot's pass: samples, bad images
         self.error, self.arena = (memoryview(array(name, np.uint8, parts[name])) for name in ("error", "arena"))
         self.pinned = False
+
+    def pixels(self, slot: int, size: int) -> np.ndarray:
+        """uint8 (n, size, size, 3): a slot's memory as images of that size, n at least what it was made for."""
+        image = size * size * 3
+        return self.images[slot, : self.images.shape[1] // image * image].reshape(-1, size, size, 3)
 
     def pin(self) -> None:
         """Let a GPU read the pixels directly, so that its copies run beside its work."""
@@ -257,21 +263,23 @@ class Serving:
 class Decoding:
     """A decoder process: encoded samples from the arena to pixels in a slot."""
 
-    def __init__(self, recipe: Recipe, training: bool, shared: Shared, pipes: Pipes) -> None:
-        self.recipe, self.training, self.shared, self.pipes = recipe, training, shared, pipes
+    def __init__(
+        self, recipe: Recipe, training: bool, size_of: Callable[[int], int], shared: Shared, pipes: Pipes
+    ) -> None:
+        self.recipe, self.training, self.size_of, self.shared, self.pipes = recipe, training, size_of, shared, pipes
 
     def run(self) -> None:
         cv2.setNumThreads(0)
         while task := os.read(self.pipes.tasks[0], _TASK.size):
             begin, count, slot, number = _TASK.unpack(task)
-            good = self._decode(begin, count, slot)
+            good = self._decode(begin, count, slot, self.size_of(number))
             os.write(self.pipes.back[1], _BACK.pack(begin, -1))
             if good:
                 os.write(self.pipes.news[1], NEWS.pack(DONE, number, slot, good))
 
-    def _decode(self, begin: int, count: int, slot: int) -> int:
+    def _decode(self, begin: int, count: int, slot: int, size: int) -> int:
         """Returns how many of the samples became pixels; the reader is told of the others."""
-        recipe, size, good = self.recipe, self.recipe.model.image_size, 0
+        recipe, pixels, good = self.recipe, self.shared.pixels(slot, size), 0
         table = np.frombuffer(self.shared.arena, np.int64, 4 * count, begin).reshape(count, 4)
         draws = draws_of(recipe.seed, table[:, 1], table[:, 2]) if self.training else None
         at = begin + table.nbytes
@@ -282,7 +290,7 @@ class Decoding:
                     view = evaluation_image(data, recipe.augment, size)
                 else:
                     view = training_image(data, recipe.augment, size, draws[number])
-                self.shared.images[slot, place] = view
+                pixels[place] = view
                 good += 1
             except Exception as error:
                 plain, bad = isinstance(error, (BadImage, RecipeError)), isinstance(error, BadImage)

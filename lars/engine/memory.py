@@ -12,6 +12,7 @@ from lars.engine.build import sums_order_free
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.schedule import training_sizes
 
 
 def state_bytes(recipe: Recipe, processes: int) -> int:
@@ -54,16 +55,21 @@ def activation_bytes(model: nn.Module, images: tuple[int, int, int, int], classe
 
 
 def pass_bytes(model: nn.Module, recipe: Recipe, plan: BatchPlan) -> float:
-    """Activations of one pass; `model` is a plain one on the CPU that is not used for anything else.
+    """Activations of one pass of the largest training images.
+
+    Args:
+        model: a plain one on the CPU that is not used for anything else.
 
     Raises:
         ValueError: from `activation_bytes`. A model raises what it likes.
     """
     if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
-    size = recipe.model.image_size
-    counted = activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
-    return kept_in(recipe.precision, counted)
+    counted = {
+        size: activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
+        for size in (*training_sizes(recipe), recipe.model.image_size)
+    }
+    return kept_in(recipe.precision, max(counted[size] for size in training_sizes(recipe)))
 
 
 def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) -> str:
@@ -87,14 +93,16 @@ def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) 
 
 
 def _play(model: nn.Module, recipe: Recipe) -> None:
-    """A forward that really computes, of as few images as the model takes."""
-    images, size = recipe.bn_group or 2, recipe.model.image_size
-    try:
-        with torch.no_grad():
-            _check_logits(model(torch.empty(images, 3, size, size)), images, recipe.model.num_classes)
-    except Exception as error:  # each model has its own
-        what = f"model.name={recipe.model.name} cannot be trained on images of model.image_size={size}"
-        raise RecipeError(f"{what}: {one_line(error)}") from None
+    """Forwards that really compute, of as few images as the model takes."""
+    images = recipe.bn_group or 2
+    for size in (recipe.model.image_size, *recipe.augment.sizes):
+        try:
+            with torch.no_grad():
+                _check_logits(model(torch.empty(images, 3, size, size)), images, recipe.model.num_classes)
+        except Exception as error:  # each model has its own
+            key = "model.image_size" if size == recipe.model.image_size else "augment.sizes"
+            what = f"model.name={recipe.model.name} cannot be trained on images of {key}={size}"
+            raise RecipeError(f"{what}: {one_line(error)}") from None
 
 
 def _check_logits(logits: Any, images: int, classes: int | None) -> None:

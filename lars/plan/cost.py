@@ -47,6 +47,7 @@ class Work:
     """A run: what a recipe asks for, split into passes."""
 
     counts: Counts
+    evaluated: Counts  # of an image of the evaluation, which may be larger
     validation: int  # samples
     global_batch: int  # as if every device had as many passes as the one that has most
     micro_batch: int
@@ -182,8 +183,8 @@ def step_of(work: Work, cluster: Cluster) -> Step:
 def evaluation_seconds(work: Work, cluster: Cluster) -> float:
     """One evaluation: forwards of the validation split in passes of `micro_batch`, whole passes on each device."""
     images = math.ceil(work.validation / work.micro_batch / cluster.devices) * work.micro_batch
-    forward = images * image_seconds(cluster.device, work.counts, work.precision) / BACKWARD
-    forward += images / work.micro_batch * work.counts.operations * cluster.device.seconds_per_operation
+    forward = images * image_seconds(cluster.device, work.evaluated, work.precision) / BACKWARD
+    forward += images / work.micro_batch * work.evaluated.operations * cluster.device.seconds_per_operation
     data = images * _data_seconds(work, cluster)
     return forward + data if cluster.device.decodes else max(forward, data)
 

@@ -10,8 +10,10 @@ with one line, for what cannot be.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import operator
 import os
 import sys
 from collections.abc import Iterable
@@ -22,13 +24,24 @@ from typing import Any
 from lars.engine.build import build_model, sums_order_free
 from lars.engine.memory import kept_in, state_bytes
 from lars.plan.cluster import USABLE, Cluster, load_cluster
-from lars.plan.cost import FLOAT_BYTES, INTEGER_BYTES, Step, Work, count, count_operations, evaluation_seconds, step_of
+from lars.plan.cost import (
+    FLOAT_BYTES,
+    INTEGER_BYTES,
+    Counts,
+    Step,
+    Work,
+    count,
+    count_operations,
+    evaluation_seconds,
+    step_of,
+)
 from lars.plan.render import draw, report, sweep_table
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
+from lars.recipe.schedule import training_sizes
 
 KNOWN_DATA = {"ILSVRC/imagenet-1k": (1_281_167, 50_000, 110_000)}
 """Training and validation samples, bytes of an encoded image (140 GB in all, remembered); it need not be opened."""
@@ -129,16 +142,18 @@ def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Pl
     model, _ = build_model(recipe)
     if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
-    group, size = recipe.bn_group or 1, recipe.model.image_size
-    counts = count(model, group, size)
-    state = state_bytes(recipe, cluster.devices) * counts.weights
+    group, evaluated = recipe.bn_group or 1, recipe.model.image_size
+    sizes = {size: count(model, group, size) for size in {*training_sizes(recipe), evaluated}}
+    largest = max((sizes[size] for size in training_sizes(recipe)), key=lambda counts: counts.kept_bytes)
+    state = state_bytes(recipe, cluster.devices) * largest.weights
     room = USABLE * cluster.device.memory_bytes - state
-    an_image = kept_in(recipe.precision, counts.kept_bytes)
+    an_image = kept_in(recipe.precision, largest.kept_bytes)
     batch = choose_passes(recipe, samples, cluster.devices, int(room // an_image), sweep)
-    counts = replace(counts, operations=count_operations(model, batch.micro_batch, size))
+    operations = count_operations(model, batch.micro_batch, evaluated)
     order_free = sums_order_free(recipe, cluster.devices)
     work = Work(
-        counts=counts,
+        counts=replace(_mean(recipe, sizes), operations=operations),
+        evaluated=replace(sizes[evaluated], operations=operations),
         validation=validation,
         global_batch=batch.passes_per_process * batch.micro_batch * batch.processes,
         micro_batch=batch.micro_batch,
@@ -149,6 +164,17 @@ def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Pl
     )
     activations = round(an_image * batch.micro_batch)
     return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)
+
+
+def _mean(recipe: Recipe, sizes: dict[int, Counts]) -> Counts:
+    """Of an image of the whole training: each size counts for as long as it lasts."""
+    trained = [sizes[size] for size in training_sizes(recipe)]
+    edges = [0.0, *recipe.augment.size_epochs, recipe.epochs]
+    shares = [(end - begin) / recipe.epochs for begin, end in itertools.pairwise(edges)]
+    flops, kept = (
+        sum(map(operator.mul, shares, column)) for column in zip(*((c.flops, c.kept_bytes) for c in trained))
+    )
+    return replace(trained[0], flops=flops, kept_bytes=kept)
 
 
 def choose_passes(

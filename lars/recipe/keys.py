@@ -22,7 +22,9 @@ VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^{}$]*))?\}")  # with a value for
 class Model:
     name: str = key("any timm model")
     num_classes: int = key("width of the last layer", limit=POSITIVE)
-    image_size: int = key("of training and evaluation", limit=POSITIVE, unit="pixels")
+    image_size: int = key(
+        "of evaluation, and of training unless augment.sizes say otherwise", limit=POSITIVE, unit="pixels"
+    )
     kwargs: dict[str, Any] = key("passed to timm.create_model", {})
     frozen: list[str] = key("beginnings of the names of parameters that are not trained", [])
     weights_sha256: str | None = key("of the file of weights that kwargs name, filled in from it", None)
@@ -76,6 +78,10 @@ class Augment:
     resize: int | None = key(
         "random_crop: the shorter side is brought to this first", None, limit=POSITIVE, unit="pixels"
     )
+    sizes: list[int] = key(
+        "random_resized_crop: training images grow, [160, 192]; empty: model.image_size throughout", [], unit="pixels"
+    )
+    size_epochs: list[float] = key("when each of sizes but the first begins, [12]", [], unit="epochs")
     pad: int = key("random_crop: zeros added on every side first", 0, limit=NOT_NEGATIVE, unit="pixels")
     flip: float = key("probability of a horizontal flip", limit=PROBABILITY)
     randaugment: str | None = key("timm's policy, as in rand-m9-mstd0.5-inc1", None)

@@ -57,6 +57,7 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         raise RecipeError(f"augment.mean={augment.mean} is subtracted from {remedy}")
     if max(augment.std) < 1:
         raise RecipeError(f"augment.std={augment.std} divides {remedy}")
+    _check_sizes(recipe)
     if augment.eval_resize < recipe.model.image_size:
         size = f"model.image_size={recipe.model.image_size}"
         raise RecipeError(f"augment.eval_resize={augment.eval_resize} is smaller than {size}")
@@ -78,6 +79,24 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         )
     _check_decay(recipe)
     pretrained.weights_file(recipe.model.kwargs)
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    sizes, begins = recipe.augment.sizes, recipe.augment.size_epochs
+    told = f"augment.sizes={sizes} with augment.size_epochs={begins}"
+    if any(size <= 0 for size in sizes) or len(begins) != max(0, len(sizes) - 1):
+        raise RecipeError(f"{told}: one positive size more than there are epochs, as in [160, 192] with [12]")
+    if not all(0 < a < b for a, b in zip(begins, [*begins[1:], recipe.epochs])):
+        raise RecipeError(f"{told}: the epochs must be positive, grow and lie below epochs={recipe.epochs:g}")
+    if sizes and recipe.augment.crop != "random_resized_crop":
+        raise RecipeError(
+            "augment.sizes belong to augment.crop: random_resized_crop; another crop would cut out less of an image"
+        )
+    if sizes and recipe.runtime.compile:
+        raise RecipeError(
+            "runtime.compile=true makes other kernels for a size that is not the run's first, so a resumed run would "
+            "have other bits: leave augment.sizes empty, or compile false"
+        )
 
 
 def _check_decay(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then decay.
+"""What changes with the step, as pure functions of it: the learning rate (warm-up, then decay), the images' size.
 
 The loop sets it on the parameter groups before each optimizer step. A prepared scheduler would step once per process
 (accelerate issue 2318), and the rate would depend on their number.
@@ -11,6 +11,19 @@ from dataclasses import dataclass
 
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
+
+
+def training_size(recipe: Recipe, epoch: float) -> int:
+    """Pixels of a side of the training images of a step that begins so many epochs after the run's beginning.
+
+    Progressive resizing: small images cost less, and the first epochs do with them (FFCV, Leclerc et al. 2023).
+    """
+    return training_sizes(recipe)[sum(epoch >= begin for begin in recipe.augment.size_epochs)]
+
+
+def training_sizes(recipe: Recipe) -> list[int]:
+    """The sides of the training images of a run, one after the other."""
+    return recipe.augment.sizes or [recipe.model.image_size]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,10 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
             "the last layer begins with N(0, 0.01) and every gamma with 1: model.name=resnet50_mlperf",
         ),
         (augment.scale == [0.05, 1.0], f"crops take 5 % of the area at least, not {100 * augment.scale[0]:g} %"),
-        (recipe.model.image_size == 224, f"images have 224 pixels, not {recipe.model.image_size}"),
+        (
+            {recipe.model.image_size, *augment.sizes} == {224},
+            f"images have 224 pixels, not {', '.join(map(str, augment.sizes or [recipe.model.image_size]))}",
+        ),
         (augment.label_smoothing == 0.1, f"label smoothing is 0.1, not {augment.label_smoothing:g}"),
         (
             not any((augment.randaugment, augment.erase, augment.mixup, augment.cutmix)),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # commands that need no torch print tables, too
     from lars.optim.base import Optimizer
 
 _SECONDS_BETWEEN_LINES = 10
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+_SHORTEST_BAR = 4  # columns
 
 
 class _Lasting:
@@ -56,15 +58,17 @@ class Progress:
         self.name, self.first, self.steps, self.shown = name, step, steps, shown
         self.started = self.last_line = time.time()
         terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True) if terminal else None
+        how = {"desc": name.rpartition("/")[2], "bar_format": _BAR, "dynamic_ncols": True}
+        self.bar = tqdm(total=steps, initial=step, **how) if terminal else None
 
     def step(self, step: int, loss: float, lr: float, images_per_second: float, waited: float) -> None:
         """`waited`: seconds that this process has waited for data so far; told from a hundredth of the time on."""
         share = waited / (time.time() - self.started)
         starved = f", {share:.0%} of the time waiting for data" if share >= 0.01 else ""
         if self.bar:
+            parts = [f"loss {loss:.3f}", f"{images_per_second:,.0f} images/s", f"lr {lr:.3g}", starved[2:]]
+            self.bar.set_postfix_str(self._fitting(parts), refresh=False)
             self.bar.update(1)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {images_per_second:,.0f} images/s{starved}")
         elif self.shown and (
             time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)
         ):
@@ -72,6 +76,18 @@ class Progress:
             left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
             speed = f"{images_per_second:,.0f} images/s{starved}"
             self._print(f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {speed}  {_clock(left)} left")
+
+    def _fitting(self, parts: list[str]) -> str:
+        """As many of the parts, the first ones first, as this terminal has columns for beside a short bar."""
+        there = f"{self.bar.desc}: 100%|| {self.steps}/{self.steps} [00:00:00 left]"
+        columns = self.bar.format_dict["ncols"] or 1000  # a terminal that does not say how wide it is cuts nothing off
+        room, kept = columns - len(there) - _SHORTEST_BAR, ""
+        for part in filter(None, parts):
+            longer = f"{kept}, {part}" if kept else part
+            if len(longer) + 2 > room:
+                break
+            kept = longer
+        return kept
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""

@@ -220,7 +220,7 @@ def predicted(row: Row, changes: tuple[str, ...] = ()) -> float:
     # the same convolutions on images of another size: flops and kept bytes follow the pixels
     pixels = (row.size / (224 if row.model == "resnet50" else 227)) ** 2
     counts = replace(counts, flops=counts.flops * pixels, kept_bytes=counts.kept_bytes * pixels)
-    work = Work(counts, 0, row.batch, row.micro, "bf16", False, row.wire, 0.0)
+    work = Work(counts, counts, 0, row.batch, row.micro, "bf16", False, row.wire, 0.0)
     return row.epochs * 1_281_167 / row.batch * step_of(work, cluster).seconds
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DEMO
@@ -76,8 +77,6 @@ def test_pixels_do_not_depend_on_processes_passes_workers_or_where_the_run_resum
 
 def test_pixels_are_those_of_the_named_sample_in_its_epoch(recipe: Recipe, index: Index) -> None:
     """Control: the file read as a whole by another road, and the augmentation called directly."""
-    import pyarrow.parquet as pq
-
     rows = [row for name in index.files for row in pq.read_table(name).to_pylist()]
     order = Order(index, 0, 96, 4)
     for step, batch in enumerate(batches_of(recipe, index, [range(96)], 9, 12), start=9):
@@ -90,6 +89,28 @@ def test_pixels_are_those_of_the_named_sample_in_its_epoch(recipe: Recipe, index
                 np.array_equal(batch.images[slot].permute(1, 2, 0).numpy(), expected)
                 and batch.labels[slot] == row["label"]
             )
+
+
+def test_images_grow_with_the_step_and_are_the_same_samples_crop(recipe: Recipe, index: Index) -> None:
+    """Control: the augmentation called directly, and the order of a recipe whose images do not grow."""
+    growing = dataclasses.replace(recipe, augment=dataclasses.replace(recipe.augment))
+    growing.augment.crop = "random_resized_crop"
+    growing.augment.sizes, growing.augment.size_epochs = [12, 28, 20], [0.35, 0.7]  # from the steps 4 and 8 on
+    rows = [row for name in index.files for row in pq.read_table(name).to_pylist()]
+    order = Order(index, 0, 96, 4)
+    slots = [range(0, 48), range(48, 96)]
+    for first in (0, 5):  # from the beginning, and resumed
+        batches = batches_of(growing, index, slots, first, 10)
+        for number, batch in enumerate(batches):
+            step, part = first + number // 2, slots[number % 2]
+            size = (12, 28, 20)[(step >= 4) + (step >= 8)]
+            assert np.array_equal(batch.ids, order.ids(step, part)) and batch.images.shape == (48, 3, size, size)
+            draws = draws_of(0, order.epoch_of(step, part), batch.ids)
+            for place in range(0, 48, 7):
+                data = rows[batch.ids[place]]["image"]["bytes"]
+                expected = training_image(data, growing.augment, size, draws[place])
+                assert np.array_equal(batch.images[place].permute(1, 2, 0).numpy(), expected)
+        assert number == 2 * (10 - first) - 1
 
 
 @pytest.mark.parametrize("memory", [1e9, 1e5])

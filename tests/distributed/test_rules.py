@@ -35,6 +35,12 @@ AROUND = {
     "cosine": ("schedule.shape=cosine", "schedule.power=1", "schedule.warmup_epochs=0"),
     "steps": ("schedule.shape=step", "schedule.power=1", "schedule.warmup_epochs=0", "schedule.milestones=[0.2,0.4]"),
     "held": ("schedule.warmup_epochs=0", "schedule.hold_epochs=0.3", "schedule.decay_from=warmup_end", "epochs=1"),
+    "sizes": (  # from the steps 2 and 3 on
+        "augment.crop=random_resized_crop",
+        "augment.scale=[0.3,1.0]",
+        "augment.sizes=[20,24,28]",
+        "augment.size_epochs=[0.15,0.25]",
+    ),
     "average": ("ema_decay=0.9", "clip_norm=1.0"),
 }
 
@@ -46,7 +52,7 @@ def kept(run: Path, step: int) -> list[bytes]:
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param((*RULES["lamb"], *AROUND["average"], *AROUND["cosine"]), id="lamb, cosine, average"),
+        pytest.param((*RULES["lamb"], *AROUND["average"], *AROUND["cosine"], *AROUND["sizes"]), id="all at once"),
         *(pytest.param(keys, id=name, marks=pytest.mark.long) for name, keys in {**RULES, **AROUND}.items()),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from scipy import ndimage
 from torch import nn
 
-import recipes.alexnet.model  # noqa: F401  registers the three
+import recipes.alexnet.model
+import recipes.resnet50.model  # noqa: F401
 from lars.engine.build import build_model
 from lars.recipe import config
 
@@ -93,6 +96,25 @@ def test_resnet50_is_built_as_the_recipe_spells_it() -> None:
     block = model.layer2[0]
     assert block.bn3.weight.unique().tolist() == [0.0] and block.bn2.weight.unique().tolist() == [1.0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_strides_behind_the_first_see_every_pixel() -> None:
+    """Control: scipy's binomial filter in front of timm's own convolution; names and weights are timm's."""
+    torch.manual_seed(0)
+    blurred = timm.create_model("resnet50_blurpool")
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet50")
+    own, theirs = blurred.state_dict(), plain.state_dict()
+    assert list(own) == list(theirs) and all(torch.equal(own[name], theirs[name]) for name in own)
+    strided = {n: m for n, m in blurred.named_modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)}
+    behind = [f"layer{stage}.0.{layer}" for stage in (2, 3, 4) for layer in ("conv2", "downsample.0")]
+    assert list(strided) == ["conv1", *behind]
+    images = torch.randn(2, 128, 7, 7, dtype=torch.float64)
+    weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    smooth = ndimage.correlate(images.numpy(), weights[None, None], mode="constant")
+    for name in behind[:1]:
+        ours, theirs = strided[name].double(), plain.get_submodule(name).double()
+        assert torch.allclose(ours(images), theirs(torch.from_numpy(smooth)), rtol=0, atol=1e-12)
 
 
 def test_first_weights_are_drawn_from_the_seed_alone() -> None:

@@ -56,6 +56,8 @@ ROWS = {
     "NUS-HPC 8,192": "resnet50/nus-b8k-90ep",
     "NUS-HPC 16,384": "resnet50/nus-b16k-90ep",
     "NUS-HPC 32,768": "resnet50/lars-b32k-90ep",
+    "FFCV: ResNet-50, 16 epochs": "resnet50/ffcv-16ep",
+    "FFCV: ResNet-50, 88 epochs": "resnet50/ffcv-88ep",
     "MLPerf 1,632": "resnet50/mlperf-b1632",
     "MLPerf 3,264": "resnet50/mlperf-b3264",
     "MLPerf 4,096": "resnet50/mlperf-b4k",
@@ -75,6 +77,7 @@ NAMES = sorted(ROWS.values())
 #   warm-up   first + (base - first) x (t / w)^p               p = 2 and first = 1 in nvcaffe, else p = 1 and first = 0
 #   decay     end + (base - end) x (1 - t / T)^2               nvcaffe, from the start: the rate falls at w
 #             end + (base - end) x (1 - (t - w) / (T - w))^2   NUS-HPC and SGD, from the end of warm-up
+#             the same with power 1                            FFCV
 #             end + (base - end) x (1 - (t - w) / d)^2         MLPerf, d steps; end = 1e-4, and it stays there
 RATES = {
     # w = 25022.79, T = 500455.86
@@ -138,6 +141,10 @@ RATES = {
     "resnet50/lars-b32k-90ep-bn16": (3519, 0.0, (547, 31.9782), (548, 31.9865), (1759, 11.2241), (3518, 2.498e-06)),
     # w = 625.57, T = 2502.28
     "resnet50/lars-b32k-64ep": (2502, 0.0, (625, 21.1807), (626, 21.1903), (1251, 9.42438), (2501, 0.0001099)),
+    # w = 625.57, T = 5004.56; first = 1e-4 of the rate, the decay is a line
+    "resnet50/ffcv-16ep": (5005, 0.00017, (625, 1.69845), (626, 1.69983), (2502, 0.971537), (5004, 0.0002169)),
+    # w = 625.57, T = 27525.07
+    "resnet50/ffcv-88ep": (27525, 0.00017, (625, 1.69845), (626, 1.69997), (13762, 0.869801), (27524, 6.777e-05)),
     # w = 1570.06, T = 29046.07, d = 27476
     "resnet50/mlperf-b1632": (29046, 0.0, (1570, 7.39973), (1571, 7.39949), (14523, 2.06755), (29045, 0.0001)),
     # w = 785.03, T = 14523.03, d = 13738
@@ -168,6 +175,7 @@ PARAMETERS = {
     "alexnet_bn_post": 60_965_224,
     "resnet50": 25_557_032,
     "resnet50_mlperf": 25_557_032,
+    "resnet50_blurpool": 25_557_032,
 }
 
 # One recipe of each (model, optimizer, shape of the schedule); the others run in `make test-long`.
@@ -175,6 +183,7 @@ OF_EACH_KIND = [
     "alexnet/lars-b32k-100ep-caffe-rule",
     "alexnet/lars-b8k-100ep",
     "alexnet/sgd-b4k-100ep",
+    "resnet50/ffcv-16ep",
     "resnet50/lars-b1k-100ep",
     "resnet50/lars-b32k-90ep",
     "resnet50/mlperf-b58880",
@@ -381,6 +390,7 @@ def scaled_down(r: Recipe, data: Path) -> list[str]:
         f"model.image_size={size}",
         f"augment.eval_resize={size}",
         *([f"augment.resize={size + 5}"] if r.augment.resize else []),
+        *([f"augment.sizes=[{size - 8},{size}]"] if r.augment.sizes else []),
     ]
     return [
         f"data.path={data}",
