@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # commands that need no torch print tables, too
 
 _SECONDS_BETWEEN_LINES = 10
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
-_SHORTEST_BAR = 4  # columns
+_SHORTEST_BAR = 3  # columns
 
 
 class _Lasting:
