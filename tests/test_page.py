@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import DEMO, ROOT
 
+from lars.report import elements
 from lars.report.groups import grouped
 from lars.report.report import main as report_main
 
@@ -383,3 +384,66 @@ def test_the_command_says_where_the_page_is(
 def test_a_picture_is_a_png(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("sys.argv", ["report", str(RUNS[0]), "--picture", "curves.pdf"])
     assert report_main() == 2 and capsys.readouterr().err == "error: --picture curves.pdf must end in .png\n"
+
+
+EVALUATION = {
+    "model": "demo/alexnet, step 208",
+    "split": "validation",
+    "top1": 50.0,
+    "top5": 100.0,
+    "images": 12,
+    "weights_sha256": "another",
+    "names": ["a $x$ <b>", "b"],
+    "confusion": [[2, 6], [0, 4]],
+    "classes": [
+        {"class": "b", "images": 4, "top1": 100.0},
+        {"class": "a $x$ <b>", "images": 8, "top1": 25.0, "taken_for": "b", "times": 6},
+    ],
+}
+
+
+def evaluated(folder: Path, found: object) -> Path:
+    run = copy(RUNS[0], folder / "run")
+    (run / "evaluation").mkdir()
+    (run / "evaluation/evaluation.json").write_text(json.dumps(found))
+    (run / "evaluation/mistakes.png").write_bytes(elements.png(elements.figure(1, 1)))
+    return run
+
+
+def test_what_evaluate_found_stands_in_the_page_class_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of([evaluated(tmp_path, EVALUATION)], tmp_path, monkeypatch)
+    assert page.table("class") == [
+        {"class": "a $x$ <b>", "images": "8", "top-1 %": "25.00", "mostly taken for": "b (6)"},
+        {"class": "b", "images": "4", "top-1 %": "100.00", "mostly taken for": "-"},
+    ]
+    assert "top-1 50.00 % and top-5 100.00 % of 12 images of validation" in page.text
+    assert "not the weights that the run ended with" in page.text
+    pictures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    assert {"predictions of each class", "images that were taken for another class"} <= set(pictures)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        {"model": "x"},
+        {**EVALUATION, "confusion": [[1]]},
+        {**EVALUATION, "confusion": "text"},
+        {**EVALUATION, "confusion": [[-1, 0], [0, 1]]},
+        {**EVALUATION, "classes": [{"class": "b"}]},
+        {**EVALUATION, "top1": []},
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(
+    broken: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = evaluated(tmp_path, broken)
+    monkeypatch.setattr("sys.argv", ["report", str(run), "--picture", str(tmp_path / "curves.png")])
+    assert report_main() == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1
+        and "evaluation.json is damaged (" in error
+        and "`lars evaluate` writes it again" in error
+    )
+    assert not (tmp_path / "report.html").exists()

@@ -8,7 +8,8 @@ published accuracy. On several processes the numbers are the same:
 
     accelerate launch --config_file launch/cpu-2.yaml -m lars evaluate runs/mine/first/seed-0
 
-Writes evaluation.json and, up to a hundred classes, the picture confusion.png into RUN/evaluation, or --out.
+Writes evaluation.json, the picture mistakes.png and, up to a hundred classes, confusion.png into RUN/evaluation, or
+--out; `lars report RUN` shows them.
 """
 
 from __future__ import annotations
@@ -19,27 +20,56 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from lars.commands.subject import Subject, add_arguments, name_of, subject
 from lars.data.index import build_indexes
+from lars.data.loader import Batch
 from lars.data.source import DataError
 from lars.engine.evaluate import evaluate_weights
 from lars.engine.plain import Plain
 from lars.recipe.launched import Launched, is_first
 from lars.recipe.refusal import RecipeError
+from lars.report.classes import MOST_IN_A_PICTURE, Mistake, confusion_picture, mistakes_picture
+from lars.report.page import put
 from lars.run.folder import weights_sha256
 from lars.run.peers import Peers
 
-_MOST_IN_A_PICTURE = 100  # classes
+_MISTAKES = 18
 _CHUNK = 64  # images at a time where no recipe says
 
 
-def evaluated(of: Subject, split: str, peers: Peers, launched: Launched) -> tuple[dict[str, Any], Tensor]:
-    """Scores and, by label and then by prediction, counts; the same on all processes, whatever their number.
+class Seen:
+    """What this process's images are taken for."""
+
+    def __init__(self, classes: int, names: list[str] | None, device: torch.device) -> None:
+        self.names = names
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # by label, then by prediction
+        self.mistakes: list[Mistake] = []
+
+    def look(self, batch: Batch, logits: Tensor) -> None:
+        """Count a batch (n images) by its logits (n, classes), and keep the mistakes with the largest shares."""
+        labels = batch.labels.to(logits.device)
+        best = logits.topk(min(5, logits.shape[1])).indices[:, 0]  # as evaluation takes it, where several are equal
+        self.confusion.index_put_((labels, best), torch.ones_like(labels), accumulate=True)
+        shares = logits.float().softmax(1).gather(1, best[:, None])[:, 0]
+        for place in (best != labels).nonzero()[:, 0].tolist():
+            who = (name_of(int(label[place]), self.names) for label in (labels, best))
+            pixels = batch.images[place].permute(1, 2, 0).numpy().copy()
+            self.mistakes.append(Mistake(float(shares[place]), int(batch.ids[place]), *who, pixels))
+        self.mistakes = worst(self.mistakes)
+
+
+def worst(mistakes: list[Mistake]) -> list[Mistake]:
+    """Those with the largest shares; of equal ones the first of the split."""
+    return sorted(mistakes, key=lambda mistake: (-mistake.share, mistake.id))[:_MISTAKES]
+
+
+def evaluated(of: Subject, split: str, peers: Peers, launched: Launched) -> tuple[dict[str, Any], Seen]:
+    """Scores, and what all images are taken for; the same on all processes, whatever their number.
 
     Raises:
         RecipeError: the data are not there, or the processes have other data or weights.
@@ -51,16 +81,17 @@ def evaluated(of: Subject, split: str, peers: Peers, launched: Launched) -> tupl
     of.recipe.trackers = []
     engine = Plain(of.recipe, launched)
     engine.prepare(of.model, [])
-    confusion = torch.zeros(2 * (of.recipe.model.num_classes,), dtype=torch.int64, device=engine.device)
+    seen = Seen(of.recipe.model.num_classes, of.names, engine.device)
     chunk = of.recipe.runtime.micro_batch or of.recipe.bn_group or _CHUNK
-    scores = evaluate_weights(engine, of.recipe, index, chunk, lambda turn: False, lambda: False, confusion)
+    scores = evaluate_weights(engine, of.recipe, index, chunk, lambda turn: False, lambda: False, seen.look)
     if scores.scores is None:
         raise scores.data_error or DataError("another process could not read its images")
-    confusion = confusion.cpu()
+    seen.confusion = seen.confusion.cpu()
     if peers.group is not None:
-        dist.all_reduce(confusion, group=peers.group)
+        dist.all_reduce(seen.confusion, group=peers.group)
+    seen.mistakes = worst(gather_object(seen.mistakes))
     found = {"model": of.title, "weights_sha256": digest, "split": split, "fingerprint": index.fingerprint}
-    return found | scores.scores, confusion
+    return found | scores.scores, seen
 
 
 def by_class(confusion: Tensor, names: list[str] | None) -> list[dict[str, Any]]:
@@ -75,41 +106,27 @@ def by_class(confusion: Tensor, names: list[str] | None) -> list[dict[str, Any]]
     return found
 
 
-def picture(confusion: Tensor, names: list[str] | None, title: str, file: Path) -> None:
-    """The share of each class's images that is taken for each class."""
-    from matplotlib.figure import Figure
-
-    shares = confusion.numpy() / np.maximum(confusion.sum(1, keepdim=True).numpy(), 1)
-    size = 3.5 + 0.28 * len(shares)
-    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    labels = [name_of(label, names) for label in range(len(shares))]
-    axes.set_xticks(range(len(shares)), labels, rotation=90)
-    axes.set_yticks(range(len(shares)), labels)
-    axes.set(xlabel="prediction", ylabel="label", title=title)
-    if len(shares) <= 20:
-        for row, column in np.ndindex(shares.shape):
-            if shares[row, column] >= 0.005:
-                dark = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color=dark)
-    figure.colorbar(image, ax=axes, label="per cent of the label's images", shrink=0.8)
-    figure.savefig(file, dpi=110)
-
-
-def write(found: dict[str, Any], confusion: Tensor, names: list[str] | None, out: Path) -> None:
+def write(found: dict[str, Any], seen: Seen, out: Path) -> None:
+    """The numbers and the pictures, and in a few lines what they say."""
     out.mkdir(parents=True, exist_ok=True)
-    found["classes"] = by_class(confusion, names)
-    small = len(confusion) <= _MOST_IN_A_PICTURE
-    if small:
+    confusion, title, pictures = seen.confusion, f"{found['model']}: top-1 {found['top1']:.2f} %", []
+    found["classes"] = by_class(confusion, seen.names)
+    if len(confusion) <= MOST_IN_A_PICTURE:
         found["confusion"] = confusion.tolist()
-        picture(confusion, names, f"{found['model']}: top-1 {found['top1']:.2f} %", out / "confusion.png")
+        found["names"] = [name_of(label, seen.names) for label in range(len(confusion))]
+        put(out / "confusion.png", confusion_picture(found["confusion"], found["names"], title))
+        pictures.append("confusion.png")
+    kept = ("share", "id", "label", "prediction")
+    found["mistakes"] = [{name: getattr(mistake, name) for name in kept} for mistake in seen.mistakes]
+    if seen.mistakes:
+        put(out / "mistakes.png", mistakes_picture(seen.mistakes, f"{title}; the mistakes it is most certain of"))
+        pictures.append("mistakes.png")
     (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
-    worst = sorted(found["classes"], key=lambda entry: entry["top1"])[:5]
+    lowest = sorted(found["classes"], key=lambda entry: entry["top1"])[:5]
     scores = f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}"
     print(f"{found['model']}: {scores} of {found['images']:,} images of {found['split']}")
-    print("lowest: " + "; ".join(f"{x['class']} {x['top1']:.1f} %{_taken(x)}" for x in worst))
-    print(f"{out}: evaluation.json{' and confusion.png' * small}")
+    print("lowest: " + "; ".join(f"{x['class']} {x['top1']:.1f} %{_taken(x)}" for x in lowest))
+    print(f"{out}: {', '.join(['evaluation.json', *pictures])}")
 
 
 def _taken(entry: dict[str, Any]) -> str:
@@ -132,10 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
             refused = error
         peers = Peers.meet(refused)
         launched = Launched.read(of.recipe)
-        found, confusion = evaluated(of, args.split or of.recipe.data.val_split, peers, launched)
+        found, seen = evaluated(of, args.split or of.recipe.data.val_split, peers, launched)
         if peers.rank == 0:
             folder = of.folder if of.steps is None else of.folder / "evaluation"
-            write(found, confusion, of.names, args.out or folder)
+            write(found, seen, args.out or folder)
         return 0
     except (RecipeError, DataError, OSError) as error:
         if is_first():

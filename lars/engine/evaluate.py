@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lars.data.index import Index
-from lars.data.loader import evaluation_batches
+from lars.data.loader import Batch, evaluation_batches
 from lars.data.source import BadImages
 from lars.engine.base import Engine
 from lars.exact.reduction import OrderFreeSum
@@ -64,7 +64,7 @@ def evaluate_weights(
     chunk: int,
     stopping: Callable[[int], bool],
     stop: Callable[[], bool],
-    confusion: Tensor | None = None,
+    look: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Evaluation:
     """Loss, top-1 and top-5 over every image once.
 
@@ -73,7 +73,7 @@ def evaluate_weights(
     chunk; a process that waits for data asks `stop`.
 
     Args:
-        confusion: int64 (classes, classes), to which this process adds its images by label and prediction.
+        look: is given each batch of this process, and its logits (n, classes).
 
     Raises:
         RuntimeError: the images counted are not the split's.
@@ -103,8 +103,7 @@ def evaluate_weights(
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         best = logits.topk(min(5, logits.shape[1])).indices
         right = best == labels[:, None]
-        if confusion is not None:
-            confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
+        look(batch, logits)
         hits += torch.stack([right[:, 0].sum(), right.sum()])
         images, bad = images + len(labels), bad + batch.bad
     batches.close()

@@ -7,8 +7,6 @@ alike, and sets groups, not runs, against each other.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import statistics
 import textwrap
@@ -17,38 +15,20 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lars.report import elements
+from lars.report.classes import classes
 from lars.report.groups import Group, Run, differing, grouped, written
 from lars.run.mllog import TARGET, seconds_to_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without black and without yellow (too faint on white).
 BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", ORANGE, "#56B4E9")
 _DASHES = ("-", "--", ":")  # once the colours are used up
 _HASHES = ("weights_sha256", "samples_hash", "source_sha256", "data_fingerprint")
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --rule: #d0d0d0; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #161616; --rule: #444; --bad: #ff8a80 } }
-body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem; \
-margin: 0 auto; padding: 1rem }
-h1, h2, p, li { overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-.bad { color: var(--bad); font-weight: bold }
-.box { overflow-x: auto }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--rule) }
-td, thead th { white-space: nowrap }
-tbody th { font-weight: normal; min-width: 8rem; overflow-wrap: anywhere }
-.wrap tbody th { min-width: 11rem }
-.wrap td, .wrap thead th { white-space: normal; overflow-wrap: anywhere; min-width: 10rem }
-.hashes td { font-family: ui-monospace, monospace; font-size: .75rem }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
-"""
 
 
 def curves(groups: list[Group], stacked: bool) -> bytes:
@@ -58,7 +38,7 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
     labels = [textwrap.fill(group.label, 70) for group in groups]
     columns = 1 if stacked or max(map(len, labels), default=0) > 50 else min(3, len(groups))
     lines_of_text = sum(label.count("\n") + 1 for label in labels) / max(1, columns)
-    figure = _figure(6.0 if stacked else 13.0, (8.4 if stacked else 3.4) + 0.2 + 0.2 * lines_of_text)
+    figure = elements.figure(6.0 if stacked else 13.0, (8.4 if stacked else 3.4) + 0.2 + 0.2 * lines_of_text)
     rows, columns_of_panels = (3, 1) if stacked else (1, 3)
     axes, handles = figure.subplots(rows, columns_of_panels), {}
     for axis, (kind, key, title) in zip(axes, panels):
@@ -79,14 +59,14 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
         )
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name may hold a dollar
-    return _png(figure)
+    return elements.png(figure)
 
 
 def trust_curves(runs: dict[str, Run]) -> bytes:
     """A PNG of the trust ratio of every layer over epochs, a panel for each of {title: run}, one above the other."""
     from matplotlib.cm import ScalarMappable
 
-    figure = _figure(6.0, 3.0 * len(runs) + 0.6)
+    figure = elements.figure(6.0, 3.0 * len(runs) + 0.6)
     axes = figure.subplots(len(runs), 1, sharey=True, squeeze=False)[:, 0]
     for axis, (title, run) in zip(axes, runs.items()):
         _frame(axis, textwrap.fill(title, 60))
@@ -94,7 +74,7 @@ def trust_curves(runs: dict[str, Run]) -> bytes:
     place = {"ax": list(axes), "location": "bottom", "fraction": 0.3 / len(runs), "aspect": 40}
     bar = figure.colorbar(ScalarMappable(cmap=_shades()), ticks=[0, 1], **place)
     bar.ax.set_xticklabels(["first layer", "last layer"])
-    return _png(figure)
+    return elements.png(figure)
 
 
 def trust_lines(axis: Axes, lines: list[dict[str, Any]], **style: Any) -> None:
@@ -114,22 +94,10 @@ def _shades() -> ListedColormap:
     return ListedColormap(colormaps["viridis"](range(0, 230)))  # its end is too faint on white
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure((width, height), layout="constrained")
-
-
 def _frame(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize="medium", parse_math=False)
     axis.set_xlabel("epoch")
     axis.grid(alpha=0.3)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
 
 
 def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str], picture: Path) -> Path:
@@ -145,7 +113,7 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     groups = grouped(runs)
     recipes = ", ".join(dict.fromkeys(g.recipe for g in groups))
     by_path = {run.path: run for g in groups for run in g.runs}
-    wide, narrow = _source(picture.read_bytes()), _source(curves(groups, stacked=True))
+    wide, narrow = elements.data_url(picture.read_bytes()), elements.data_url(curves(groups, stacked=True))
     alt = "training loss, learning rate and top-1 over epochs"
     parts = [
         f"<h1>{escape(recipes)}</h1>",
@@ -158,13 +126,14 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
         "The loss is that of the last step.</p>",
         "<h2>Curves</h2>",
         f'<picture><source media="(min-width: 60rem)" srcset="{wide}"><img src="{narrow}" alt="{alt}"></picture>',
+        *(part for run in by_path.values() for part in classes(run)),
         *_differences(groups),
         "<h2>Trust ratios</h2>",
         *_trust(groups, picture.with_name("trust.png")),
         "<h2>Environment</h2>",
         _environment([run for run in by_path.values() if run.result]),
         "<h2>Hashes</h2>",
-        _table(
+        elements.table(
             ["run", *_HASHES],
             [[r.name, *(str(r.result.get(h) or "-") for h in _HASHES)] for r in by_path.values()],
             "wrap hashes",
@@ -172,7 +141,7 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     ]
     page = picture.with_name("report.html")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"\n<title>{escape(recipes)}</title>\n<style>{_STYLE}</style>"
+    head += f"\n<title>{escape(recipes)}</title>\n<style>{elements.STYLE}</style>"
     top = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>'
     put(page, "\n".join([top, *parts, "</body></html>\n"]).encode("utf-8", "xmlcharrefreplace"))
     return page
@@ -182,25 +151,6 @@ def put(file: Path, content: bytes) -> None:
     """Write a file in place of what is there: a link in a stranger's run folder is removed, not followed."""
     file.unlink(missing_ok=True)
     file.write_bytes(content)
-
-
-def _source(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _table(head: list[str], rows: list[list[str]], style: str = "") -> str:
-    """A table that scrolls by itself. The last cell of a row with fewer cells than columns spans what is left."""
-    body = ""
-    for first, *cells in rows:
-        spans = [""] * (len(cells) - 1) + [f' colspan="{len(head) - len(cells)}"' if len(cells) + 1 < len(head) else ""]
-        body += (
-            f'<tr><th scope="row">{escape(first)}</th>'
-            + "".join(f"<td{s}>{escape(c)}</td>" for s, c in zip(spans, cells))
-            + "</tr>\n"
-        )
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    content = f"<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody>"
-    return f'<div class="box"><table class="{style}">{content}</table></div>'
 
 
 def _unfinished(runs: Iterable[Run]) -> list[str]:
@@ -219,7 +169,7 @@ def _verdicts(runs: list[Run], verdicts: list[dict[str, str]]) -> str:
         minutes = {f"minutes to {TARGET} %": f"{s / 60:.1f}" if s is not None else ""} if any(seconds) else {}
         *figures, last = verdict.items()
         rows.append({"run": run.name, **dict(figures), **minutes, **dict([last])})
-    return _table(list(rows[0]), [list(row.values()) for row in rows])
+    return elements.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _seeds(groups: list[Group]) -> str:
@@ -230,7 +180,7 @@ def _seeds(groups: list[Group]) -> str:
         count = f"{len(seeds)}" + (f" ({others} not finished)" if others else "")
         percent = [_spread([run.result.get(key) for run in seeds], ".2f") for key in ("top1", "top5")]
         rows.append([group.label, count, *percent, _spread(losses, ".4g")])
-    return _table(["group", "seeds", "top-1 %", "top-5 %", "training loss"], rows)
+    return elements.table(["group", "seeds", "top-1 %", "top-5 %", "training loss"], rows)
 
 
 def _spread(values: list[float | None], digits: str) -> str:
@@ -246,7 +196,7 @@ def _differences(groups: list[Group]) -> list[str]:
         known, keys = [g for g in groups if g.keys], differing(groups)
         rows = [[key, *(written(g.keys[key]) if key in g.keys else "-" for g in known)] for key in keys]
         table = (
-            _table(["key", *(g.label for g in known)], rows, "wrap")
+            elements.table(["key", *(g.label for g in known)], rows, "wrap")
             if keys
             else "<p>None in what their config.yaml says.</p>"
         )
@@ -254,7 +204,7 @@ def _differences(groups: list[Group]) -> list[str]:
     if not groups[0].keys:
         return ["<h2>Recipe</h2>", "<p>Not known: there is no config.yaml.</p>"]
     seeds = ", ".join(dict.fromkeys(written(run.seed) for run in groups[0].runs))
-    table = _table(
+    table = elements.table(
         ["key", "value"], [[key, written(value)] for key, value in {**groups[0].keys, "seed": seeds}.items()], "wrap"
     )
     return ["<h2>Recipe</h2>", f"<details><summary>every key that fixes the run</summary>{table}</details>"]
@@ -275,7 +225,7 @@ def _trust(groups: list[Group], picture: Path) -> list[str]:
             "<p>The trust ratio of a layer is what LARS multiplies its learning rate by in a step: trust_coefficient · "
             "|w| / (|g| + weight_decay · |w| + eps), from the norms of its weights w and of their gradient g; 1 where "
             "one of them is 0; without weight_decay · |w| where decay_in_norm is false. A line is a layer.</p>",
-            f'<img src="{_source(png)}" alt="trust ratio of every layer over epochs">',
+            f'<img src="{elements.data_url(png)}" alt="trust ratio of every layer over epochs">',
         ]
     return parts
 
@@ -294,4 +244,4 @@ def _environment(runs: list[Run]) -> str:
         values = [facts.get(key, "-") for facts in found]
         rows.append([key, *(values[:1] if len(set(values)) == 1 else values)])
     names = [run.name for run in runs] if any(len(row) > 2 for row in rows) else ["all runs"]
-    return _table(["", *names], rows, "wrap") if runs else "<p>No run has begun.</p>"
+    return elements.table(["", *names], rows, "wrap") if runs else "<p>No run has begun.</p>"

@@ -80,8 +80,11 @@ def read_bytes(file: Path, most: int = _MOST_LINES) -> bytes | None:
     return content
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, remedy: str = "the run resumes from its checkpoint") -> dict[str, Any]:
     """The JSON object of a file, {} where there is none.
+
+    Args:
+        remedy: what comes of it if a damaged one is removed.
 
     Raises:
         RecipeError: the file is damaged.
@@ -95,7 +98,7 @@ def read_object(file: Path) -> dict[str, Any]:
         return found
     except (ValueError, RecursionError) as error:  # not JSON, or not even text
         why = f"{file} is damaged ({one_line(error)})"
-        raise RecipeError(f"{why}: remove it, the run resumes from its checkpoint") from None
+        raise RecipeError(f"{why}: remove it, {remedy}") from None
 
 
 def read_result(run: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
