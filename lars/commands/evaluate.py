@@ -38,7 +38,7 @@ from lars.report.page import put
 from lars.run.folder import weights_sha256
 from lars.run.peers import Peers
 
-_MISTAKES = 18
+_MISTAKES = 12
 _CHUNK = 64  # images at a time where no recipe says
 
 
@@ -119,7 +119,7 @@ def write(found: dict[str, Any], seen: Seen, out: Path) -> None:
     kept = ("share", "id", "label", "prediction")
     found["mistakes"] = [{name: getattr(mistake, name) for name in kept} for mistake in seen.mistakes]
     if seen.mistakes:
-        put(out / "mistakes.png", mistakes_picture(seen.mistakes, f"{title}; the mistakes it is most certain of"))
+        put(out / "mistakes.png", mistakes_picture(seen.mistakes, f"{title}; the mistakes that it is most certain of"))
         pictures.append("mistakes.png")
     (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
     lowest = sorted(found["classes"], key=lambda entry: entry["top1"])[:5]

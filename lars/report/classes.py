@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from html import escape
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from lars.run.reading import read_bytes, read_object
 MOST_IN_A_PICTURE = 100  # classes
 _MOST_UNFOLDED = 20  # rows of a table
 _MOST_BYTES = 1 << 23  # of a picture that stands in the page
-_COLUMNS = 6
+_COLUMNS = 3  # few, so that a narrow screen shows words that can be read
 
 
 class Mistake(NamedTuple):
@@ -40,7 +41,7 @@ def confusion_picture(confusion: list[list[int]], names: list[str], title: str) 
     for ticks, rotation in ((axes.set_xticks, 90), (axes.set_yticks, 0)):
         ticks(range(len(shares)), names, rotation=rotation, parse_math=False)
     axes.set(xlabel="prediction", ylabel="label")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(textwrap.fill(title, round(9 * size)), parse_math=False)
     if len(shares) <= 20:
         for row, column in np.ndindex(shares.shape):
             if shares[row, column] >= 0.005:
@@ -51,17 +52,17 @@ def confusion_picture(confusion: list[list[int]], names: list[str], title: str) 
 
 
 def mistakes_picture(mistakes: list[Mistake], title: str) -> bytes:
-    """A PNG of images that were taken for another class, each under what it is and what it was taken for."""
+    """A PNG of images that were taken for another class, each under its label and what it was taken for."""
     rows = math.ceil(len(mistakes) / _COLUMNS)
-    figure = elements.figure(1.9 * _COLUMNS, 2.4 * rows + 0.4)
+    figure = elements.figure(2.2 * _COLUMNS, 2.75 * rows + 0.6)
     grid = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
     for mistake, axis in zip(mistakes, grid.flat):
         axis.imshow(mistake.pixels, interpolation="nearest")
-        words = f"{_short(mistake.label)}\ntaken for {_short(mistake.prediction)}, {100 * mistake.share:.0f} %"
-        axis.set_title(words, fontsize=7.5, parse_math=False)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+        words = f"{_short(mistake.label)}\nas {_short(mistake.prediction)}, {100 * mistake.share:.0f} %"
+        axis.set_title(words, fontsize=10.5, parse_math=False)
+    figure.suptitle(textwrap.fill(title, 60), parse_math=False)
     return elements.png(figure)
 
 
@@ -103,10 +104,12 @@ def _classes(run: Run, found: dict[str, Any]) -> list[str]:
         counts, names = np.array(confusion, np.int64), [str(x) for x in found["names"]]
         if counts.shape != 2 * (len(names),) or not 0 < len(names) <= MOST_IN_A_PICTURE or counts.min() < 0:
             raise ValueError("its confusion is no square of counts")
-        picture = confusion_picture(confusion, names, f"{model}: of a label's images, which are taken for what")
+        picture = confusion_picture(confusion, names, "what the images of each label are taken for")
         parts.append(f'<img src="{elements.data_url(picture)}" alt="predictions of each class">')
     shown = read_bytes(run.path / "evaluation/mistakes.png", _MOST_BYTES)
     if shown and shown.startswith(b"\x89PNG\r\n\x1a\n"):
-        parts.append("<p>The mistakes that the model is most certain of:</p>")
+        parts.append(
+            "<p>The mistakes that it is most certain of, each under its label and under what it is taken as:</p>"
+        )
         parts.append(f'<img src="{elements.data_url(shown)}" alt="images that were taken for another class">')
     return parts
