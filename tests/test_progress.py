@@ -9,8 +9,13 @@ import re
 import struct
 import sys
 import termios
+from pathlib import Path
 
 import pytest
+from conftest import DEMO, play
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lars.run.reading import read_lines
 
 _PLAY = """
 from lars.run.progress import Progress
@@ -57,3 +62,15 @@ def test_the_bar_fits_and_says_what_matters_most_first(columns: int, shown: tupl
     for bar in bars[1:]:
         assert bar.startswith("resnet18:   0%|") and "/90000" in bar
         assert all(part in bar for part in shown), bar
+
+
+def test_tensorboard_gets_the_numbers_of_two_processes_once(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = (*tiny, "trackers=[tensorboard]", "max_steps=2", f"run_dir={run}")
+    play(2, DEMO / "resnet50.yaml", *keys, log=tmp_path / "log")
+    assert "WARNING" not in (tmp_path / "log").read_text()
+    (events,) = run.glob("logs/**/events.out.tfevents.*.0")
+    found = EventAccumulator(str(events)).Reload()
+    losses = [line["loss"] for line in read_lines(run / "metrics.jsonl", "train")]
+    assert [scalar.value for scalar in found.Scalars("train/loss")] == pytest.approx(losses)  # in float32
+    assert [scalar.step for scalar in found.Scalars("eval/top1")] == [2]

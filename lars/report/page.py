@@ -187,7 +187,8 @@ def _spread(values: list[float | None], digits: str) -> str:
     known = [value for value in values if value is not None]
     if not known or not all(map(math.isfinite, known)):
         return "not finite" if known else "-"
-    return f"{statistics.mean(known):{digits}} ± {format(statistics.stdev(known), digits) if len(known) > 1 else '-'}"
+    spread = f" ± {statistics.stdev(known):{digits}}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{digits}}{spread}"
 
 
 def _differences(groups: list[Group]) -> list[str]:

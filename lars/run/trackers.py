@@ -50,7 +50,7 @@ class _Guarded:
         def begin() -> None:
             accelerator.log_with, accelerator.trackers = [self.name], []
             accelerator.init_trackers(project, values, {self.name: options})
-            self.tracker = accelerator.trackers[0]
+            self.tracker = next(iter(accelerator.trackers), None)  # most are given to the first process alone
 
         self._try(begin)
 
