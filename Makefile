@@ -2,7 +2,8 @@
 # LAUNCH=cpu-2 NPROC=2 DATA=folder-or-Hub-id ARGS='key=value ...' FRESH=1 (start over).
 PYTHON ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
-COMMIT = $(shell git describe --always --dirty --abbrev=40)
+# Logs and results that another target has just written make no other commit of the sources.
+COMMIT = $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD -- . ':!*.log' ':!*.json' ':!docs' || echo -dirty)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
