@@ -4,12 +4,15 @@
 
 `reverts/*.yaml` lists them: `mend` (what it is), `file`, `mended` and `broken` (a piece of that file, which stands
 there once, and what takes its place), `test` (a pytest node). Without the change the test must pass. An entry with
-`fuzz` (the kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find within MOST_MINUTES. The
-log is committed.
+`fuzz` (the kinds of trials) instead of `test` is a planted bug, which `make fuzz` must find within MOST_MINUTES.
+
+It takes an hour, so it goes on where it was stopped: a line of the committed log, reverts.log, stands as long as the
+mend, the mended file and the file of its test are the ones that it was written for (their digest is its second word).
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -23,6 +26,7 @@ from queue import SimpleQueue
 import yaml
 
 ROOT = Path(__file__).parents[2]
+LOG = ROOT / "tests/reverts.log"
 PASSED, FAILED = 0, 1  # exit statuses of pytest, and of the fuzz
 MOST_MINUTES = 15
 AT_ONCE = 2  # each in a tree of its own
@@ -31,6 +35,18 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["torch", "timm", "accelerate", "datasets", "deepspeed", "pytest"]
 )  # never lars, nor its tests
+
+
+def digest(mend: dict[str, str]) -> str:
+    """Of the mend, the mended file and the file of its test."""
+    test = mend["test"].partition("::")[0] if "test" in mend else "tests/hostile/fuzz.py"
+    parts = [repr(sorted(mend.items())).encode(), *((ROOT / file).read_bytes() for file in (mend["file"], test))]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+
+
+def line(mend: dict[str, str], found: str) -> str:
+    """A mend's line of the log."""
+    return f"{found:8}  {digest(mend)}  {mend['mend']}  [{mend.get('test') or 'fuzz of ' + mend['fuzz']}]"
 
 
 def run(mend: dict[str, str], tree: Path) -> int:
@@ -89,18 +105,25 @@ def main(words: list[str]) -> int:
         for file in sorted(Path(__file__).parent.glob("reverts/*.yaml"))
         for mend in yaml.safe_load(file.read_text())
     ]
-    chosen, bad, known = [m for m in mends if all(word in m["mend"] for word in words)], 0, {}
+    logged = set(LOG.read_text().splitlines()) if LOG.is_file() and not words else set()
+    chosen = [m for m in mends if all(word in m["mend"] for word in words)]
+    known: dict[str, bool] = {}
+    kept = [told for mend in chosen if (told := line(mend, "red")) in logged]
+    left = [mend for mend in chosen if line(mend, "red") not in logged]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
         for number in range(AT_ONCE):
             tree = Path(temporary) / str(number)
             leave = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
             trees.put(shutil.copytree(ROOT, tree, ignore=leave))
-        for mend, found in zip(chosen, pool.map(lambda mend: taken_back(mend, trees, known), chosen)):
-            bad += found != "red"
-            print(f"{found:8}  {mend['mend']}  [{mend.get('test') or 'fuzz of ' + mend['fuzz']}]", flush=True)
-    print(f"{len(chosen)} mends taken back, {len(chosen) - bad} of their tests fail without them")
-    return 1 if bad or not chosen else 0
+        for mend, found in zip(left, pool.map(lambda mend: taken_back(mend, trees, known), left)):
+            kept.append(line(mend, found))
+            print(kept[-1], flush=True)
+            if not words:
+                LOG.write_text("\n".join(sorted(kept)) + "\n")
+    red = sum(told.startswith("red ") for told in kept)
+    print(f"{len(chosen)} mends taken back, {red} of their tests fail without them")
+    return 0 if chosen and red == len(chosen) else 1
 
 
 if __name__ == "__main__":
