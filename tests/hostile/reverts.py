@@ -16,10 +16,12 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -57,11 +59,15 @@ def run(mend: dict[str, str], tree: Path) -> int:
         return subprocess.run([sys.executable, "-m", *fuzz], cwd=tree, env=variables, capture_output=True).returncode
     child = CHILDREN.Process(target=_pytest, args=(str(tree), mend["test"]))
     child.start()
+    child.join(60 * MOST_MINUTES)
+    with suppress(ProcessLookupError):  # what a test that failed has left running, and itself if it has not ended
+        os.killpg(child.pid, signal.SIGKILL)
     child.join()
     return child.exitcode
 
 
 def _pytest(tree: str, test: str) -> None:
+    os.setsid()
     os.chdir(tree)
     os.environ["PYTHONPATH"] = tree
     sys.path.insert(0, tree)
@@ -71,7 +77,8 @@ def _pytest(tree: str, test: str) -> None:
         os.dup2(nowhere, stream)
     import pytest
 
-    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", test]))
+    # not sys.exit, which would wait for the ranks that a test without its mend may leave behind
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", test]))
 
 
 def passes(mend: dict[str, str], tree: Path, known: dict[str, bool]) -> bool:
