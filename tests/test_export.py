@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -165,3 +167,28 @@ def test_evaluate_is_the_same_on_two_processes(
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize("command, name", [(evaluate.main, "evaluation"), (main, "export")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_link_in_a_stranger_s_run_is_not_written_through(
+    command: Callable,
+    name: str,
+    inside: bool,
+    tiny: tuple[str, ...],
+    tiny_runs: dict[int, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(tiny_runs[2], run, ignore=shutil.ignore_patterns(name))
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+    if inside:
+        (run / name).mkdir()
+        (run / name / "README.md").symlink_to(mine / "README.md")
+    else:
+        (run / name).symlink_to(mine)
+    assert command([str(run), "--recipe", str(DEMO / "resnet50.yaml"), "--data", str(data_of(tiny))]) == 2
+    assert "is a link, and what is written there would go elsewhere" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in mine.iterdir()] == [("README.md", "mine")]

@@ -145,14 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
             of = subject(args)
             if not of.recipe.data.path:
                 raise RecipeError(f"{of.title} brings no data: give --data")
+            out = args.out or (of.folder if of.steps is None else of.place("evaluation"))
         except RecipeError as error:
             refused = error
         peers = Peers.meet(refused)
         launched = Launched.read(of.recipe)
         found, seen = evaluated(of, args.split or of.recipe.data.val_split, peers, launched)
         if peers.rank == 0:
-            folder = of.folder if of.steps is None else of.folder / "evaluation"
-            write(found, seen, args.out or folder)
+            write(found, seen, out)
         return 0
     except (RecipeError, DataError, OSError) as error:
         if is_first():

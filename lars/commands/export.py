@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     of = subject(args)
     if of.recipe_file is None:
         raise RecipeError(f"{args.subject} is no run: timm has it already")
-    out, result = args.out or of.folder / "export", read_result(of.folder)
+    out, result = args.out or of.place("export"), read_result(of.folder)
     write_export(of.model, of.recipe, of.names, of.recipe_file.parent / "model.py", out)
     digest = weights_sha256(of.model.state_dict())
     (out / "README.md").write_text(model_card(of, result, digest))

@@ -43,6 +43,20 @@ class Subject(NamedTuple):
     steps: int | None = None  # of a run
     recipe_file: Path | None = None
 
+    def place(self, name: str) -> Path:
+        """RUN/name, where something about the run is written.
+
+        Raises:
+            RecipeError: it is a link, or holds one: in a stranger's folder that would lead to a file of the user's.
+        """
+        folder = self.folder / name
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():
+                raise RecipeError(
+                    f"{path} is a link, and what is written there would go elsewhere: remove it, or give --out"
+                )
+        return folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which model it is, and where the data are."""

@@ -77,7 +77,7 @@ def classes(run: Run) -> list[str]:
         RecipeError: a file in RUN/evaluation is damaged.
     """
     file, again = run.path / "evaluation/evaluation.json", "`lars evaluate` writes it again"
-    if not (found := read_object(file, again)):
+    if file.parent.is_symlink() or not (found := read_object(file, again)):
         return []
     try:
         return _classes(run, found)
