@@ -38,8 +38,8 @@ lint: $(SETUP)  ## rules of style and lines of at most 120 characters (ruff), an
 test: lint  ## what CI runs: `make lint` and the tests
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/long.log'
+test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed, another one for ATEN_CPU_CAPABILITY=avx2
+	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/long$(addprefix -,$(ATEN_CPU_CAPABILITY)).log'
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
 	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'

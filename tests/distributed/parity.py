@@ -1,6 +1,7 @@
 """`make parity`: is one step the same on every engine?
 
-Writes parity.json and parity.png beside itself and the table of docs/engines.md.
+Writes parity.json and parity.png beside itself and the table of docs/engines.md; with ATEN_CPU_CAPABILITY=avx2 (and
+ONEDNN_MAX_CPU_ISA=AVX2), as another CPU would compute it, parity-avx2.json alone.
 
 A control (one process, plain, bitwise) trains a small recipe and keeps every checkpoint. From its state after an early,
 a middle and a late step every engine takes one step with 1, 2 and 3 processes, through `recipes/train.py` and its
@@ -331,12 +332,15 @@ def main() -> int:
         "rows": rows,
         "drift": drifts,
     }
-    (here / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(drifts, here / "parity.png")
-    page = ROOT / "docs/engines.md"
-    text = page.read_text()
-    start, end = (text.index(mark) for mark in TABLE)
-    page.write_text(text[: start + len(TABLE[0])] + table(rows) + text[end:])
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY")
+    file = here / (f"parity-{instructions}.json" if instructions else "parity.json")
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    if not instructions:
+        plot(drifts, here / "parity.png")
+        page = ROOT / "docs/engines.md"
+        text = page.read_text()
+        start, end = (text.index(mark) for mark in TABLE)
+        page.write_text(text[: start + len(TABLE[0])] + table(rows) + text[end:])
     return 0 if all(row["verdict"] == "PASS" for row in rows if row["optimizer"] == "lars.LARS") else 1
 
 
