@@ -35,13 +35,13 @@ from lars.exact.reduction import StepSums
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Alone, Launched, is_first
 from lars.recipe.refusal import RecipeError, hidden
-from lars.recipe.schedule import Schedule
+from lars.recipe.schedule import Schedule, evaluation_epochs
 from lars.run import checkpoint, trackers
 from lars.run.agreement import same_content, same_data, same_run, same_weights, strength
 from lars.run.checkpoint_writer import CheckpointWriter
 from lars.run.folder import NotWritten, RunFolder, position
 from lars.run.lock import LockLost
-from lars.run.mllog import EVALUATE_EVERY, MLLog
+from lars.run.mllog import MLLog
 from lars.run.peers import Peers
 from lars.run.progress import Progress, group_table, outlive_output
 from lars.run.resume import finished, recall_weights, resume
@@ -111,7 +111,7 @@ class Training:
         """The loop: steps, evaluations, checkpoints. Returns the exit status."""
         recipe, plan = self.recipe, self.plan
         last, every = self.last_step, recipe.checkpoint.every_steps
-        evaluations = {s for s in plan.evaluation_steps(EVALUATE_EVERY if recipe.mllog else 1) if s < last} | {last}
+        evaluations = {s for s in plan.evaluation_steps(evaluation_epochs(recipe)) if s < last} | {last}
         saves = evaluations if every is None else {*range(every, last, every), last}
         slots = [range(i * plan.micro_batch, (i + 1) * plan.micro_batch) for i in plan.local_passes(self.rank)]
         batches = self.batches(slots)

@@ -45,7 +45,7 @@ def test_more_processes_than_passes_are_refused_even_there() -> None:
 def test_evaluations_end_every_epoch_and_the_run() -> None:
     p = plan(1000, 1, "global_batch=320", "epochs=3.5", "schedule.warmup_epochs=1")
     assert p.steps == 11  # 10.94
-    assert p.evaluation_steps() == [4, 7, 10, 11]
+    assert p.evaluation_steps([1, 2, 3]) == [4, 7, 10, 11]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from conftest import DEMO, ROOT, play
 
 from lars.recipe import config
-from lars.run.mllog import RULESET, broken_rules, seconds_to_target
+from lars.recipe.batch import BatchPlan
+from lars.run.mllog import RULESET, MLLog, broken_rules, seconds_to_target
 
 COMMITTED = DEMO / "results" / "alexnet-mllog" / "seed-0"
 # What the closed division fixes and the demo has otherwise.
@@ -82,6 +83,25 @@ def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, 
     assert all("eval_accuracy" in line or "FAILED" in line for line in complaints), output  # nothing but the accuracy
 
 
+def test_blocks_end_where_a_run_is_evaluated(tmp_path: Path) -> None:
+    keys = (*CLOSED, "epochs=9", "evaluation.first_epoch=2", f"run_dir={tmp_path}")
+    recipe = config.load(DEMO / "resnet50.yaml", list(keys))
+    plan = BatchPlan.of(recipe, 7680, 1)  # ten steps an epoch
+    log = MLLog(recipe, plan, 1000, step=0, writes=True)
+    for epoch in (2, 6, 9):
+        log.evaluation(10 * epoch, 1.0, 12.3)
+    blocks = [(e["key"], e["metadata"]) for e in events(tmp_path / "mllog.txt") if e["key"].startswith("block")]
+    told = [(key, facts["first_epoch_num"], facts["epoch_count"], facts["step"]) for key, facts in blocks]
+    assert told == [
+        ("block_start", 1, 2, 0),
+        ("block_stop", 1, 2, 20),
+        ("block_start", 3, 4, 20),
+        ("block_stop", 3, 4, 60),
+        ("block_start", 7, 3, 60),
+        ("block_stop", 7, 3, 90),
+    ]
+
+
 @pytest.mark.parametrize("row", ["1632", "4k", "32k", "67840"])
 def test_mlperf_s_own_rows_break_no_rule(row: str) -> None:
     recipe = config.load(ROOT / "recipes" / "resnet50" / f"mlperf-b{row}.yaml", [])
@@ -97,6 +117,7 @@ def test_each_broken_rule_is_named() -> None:
         "schedule.power=1": "power 2",
         "augment.mixup=0.2": "cropped and flipped",
         "model.image_size=192": "224 pixels",
+        "evaluation.every_epochs=2": "evaluated every 4 epochs",
     }.items():
         (clause,) = broken_rules(config.load(row, [change]), 1_281_167, 50_000)
         assert words in clause

@@ -9,7 +9,7 @@ from conftest import ROOT
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.refusal import RecipeError
-from lars.recipe.schedule import Schedule, training_size
+from lars.recipe.schedule import Schedule, evaluation_epochs, training_size
 
 IMAGENET = 1_281_167
 
@@ -87,6 +87,22 @@ def test_warm_up_then_stable_then_decay() -> None:
 def test_a_key_without_use_is_refused(wrong: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         config.load(ROOT / "recipes/demo/alexnet.yaml", wrong.split())
+
+
+@pytest.mark.parametrize(
+    "keys, epochs",
+    [
+        ("", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("mllog=true", [4, 8]),
+        ("mllog=true evaluation.first_epoch=2", [2, 6]),
+        ("mllog=true evaluation.every_epochs=3", [3, 6, 9]),
+        ("evaluation.every_epochs=5 evaluation.first_epoch=7", [7]),
+        ("evaluation.every_epochs=50", []),
+    ],
+)
+def test_a_run_is_evaluated_after_these_epochs(keys: str, epochs: list[int]) -> None:
+    recipe = config.load(ROOT / "recipes/demo/alexnet.yaml", ["epochs=9.5", *keys.split()])
+    assert list(evaluation_epochs(recipe)) == epochs
 
 
 def test_images_grow_in_the_epoch_that_the_recipe_says() -> None:

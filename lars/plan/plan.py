@@ -41,7 +41,7 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
-from lars.recipe.schedule import training_sizes
+from lars.recipe.schedule import evaluation_epochs, training_sizes
 
 KNOWN_DATA = {"ILSVRC/imagenet-1k": (1_281_167, 50_000, 110_000)}
 """Training and validation samples, bytes of an encoded image (140 GB in all, remembered); it need not be opened."""
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        return len({min(step, self.steps) for step in self.batch.evaluation_steps()})
+        return len({min(step, self.steps) for step in self.batch.evaluation_steps(evaluation_epochs(self.recipe))})
 
     @property
     def evaluation_seconds(self) -> float:

@@ -9,6 +9,7 @@ slots share batch-norm statistics, inside one pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lars.recipe.keys import Recipe
@@ -100,9 +101,9 @@ class BatchPlan:
         """epochs * N / B, not rounded: the schedule's unit of length."""
         return self.epochs * self.samples / self.global_batch
 
-    def evaluation_steps(self, every: int = 1) -> list[int]:
-        """Evaluation e, of every `every`-th epoch, is after step ceil(e * N / B); the last one after the last step."""
-        ends = (math.ceil(e * self.samples / self.global_batch) for e in range(every, math.ceil(self.epochs), every))
+    def evaluation_steps(self, epochs: Iterable[int]) -> list[int]:
+        """The evaluation of an epoch e is after step ceil(e * N / B); the last one after the last step."""
+        ends = (math.ceil(e * self.samples / self.global_batch) for e in epochs)
         return sorted({step for step in ends if step < self.steps} | {self.steps})
 
     def ends_hundredth(self, step: int) -> bool:

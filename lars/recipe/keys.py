@@ -135,6 +135,16 @@ class Runtime:
 
 
 @dataclass
+class EvaluationKeys:
+    every_epochs: int | None = key(
+        "null: after every epoch, and with mllog every 4", None, limit=POSITIVE, unit="epochs", free=True
+    )
+    first_epoch: int | None = key(
+        "null: every_epochs; MLPerf calls it the offset", None, limit=POSITIVE, unit="epochs", free=True
+    )
+
+
+@dataclass
 class Checkpoint:
     every_steps: int | None = key("null: at every evaluation", None, limit=POSITIVE, free=True)
     keep: int = key("how many of the newest are kept", 2, limit=POSITIVE, free=True)
@@ -164,9 +174,14 @@ class Recipe:
     run_dir: str | None = key("null: runs/<name>/seed-<seed>", None, free=True)
     runtime: Runtime = field(default_factory=Runtime)
     max_steps: int | None = key("stop early; rates still follow the horizon of epochs", None, limit=POSITIVE, free=True)
+    evaluation: EvaluationKeys = field(default_factory=EvaluationKeys)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log_samples: bool = key("write the sample ids of every step into ledger.jsonl", False, free=True)
-    mllog: bool = key("write MLPerf's log, and evaluate every 4 epochs as its rules do", False, free=True)
+    mllog: bool = key(
+        "write MLPerf's log, and evaluate every 4 epochs as its rules do, unless evaluation.* say otherwise",
+        False,
+        free=True,
+    )
     trackers: list[str] = key("accelerate's trackers", ["tensorboard"], free=True)
 
 

@@ -13,6 +13,12 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 
 
+def evaluation_epochs(recipe: Recipe) -> range:
+    """The epochs after which a run is evaluated, beside its end."""
+    every = recipe.evaluation.every_epochs or (4 if recipe.mllog else 1)
+    return range(recipe.evaluation.first_epoch or every, math.ceil(recipe.epochs), every)
+
+
 def training_size(recipe: Recipe, epoch: float) -> int:
     """Pixels of a side of the training images of a step that begins so many epochs after the run's beginning.
 

@@ -25,12 +25,11 @@ import psutil
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, one_line
-from lars.recipe.schedule import Schedule
+from lars.recipe.schedule import Schedule, evaluation_epochs
 from lars.run.reading import read_bytes
 
 RULESET = "4.0.0"  # the newest one that still has ResNet-50
 TARGET = 75.9  # per cent, top-1
-EVALUATE_EVERY = 4  # epochs
 _IMAGENET = (1_281_167, 50_000)
 _TOKEN = ":::MLLOG "
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a mangled event
@@ -66,6 +65,7 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
         (schedule.shape == "polynomial", f"the rate decays as a polynomial, not as {schedule.shape}"),
         (schedule.hold_epochs == 0, f"decay begins after warm-up, not {schedule.hold_epochs:g} epochs later"),
         (schedule.warmup_power == 1, f"warm-up is linear, not of power {schedule.warmup_power:g}"),
+        (recipe.evaluation.every_epochs in (None, 4), "the run is evaluated every 4 epochs"),
         (optimizer.name in ("sgd", "lars"), f"the optimizer is sgd or lars, not {optimizer.name}"),
     )
     if optimizer.name == "lars":
@@ -83,6 +83,7 @@ class MLLog:
 
     def __init__(self, recipe: Recipe, plan: BatchPlan, val_samples: int, step: int, writes: bool) -> None:
         """Begin the log, or go on with it after `step`: what came later is cut off, and the clock has gone on."""
+        self.block_ends = [*evaluation_epochs(recipe), math.ceil(recipe.epochs)]
         self.plan, self.file, self.running = plan, Path(recipe.run_dir) / "mllog.txt", False
         if not (writes and recipe.mllog):
             return
@@ -114,7 +115,12 @@ class MLLog:
         keys, epoch = self.keys, round(step * self.plan.global_batch / self.plan.samples)
         data, ended = {"epoch_num": epoch, "step": step}, int(time.time() * 1000)
         began = ended - int(seconds * 1000)
-        self._block(keys.BLOCK_STOP, first=(epoch - 1) // EVALUATE_EVERY * EVALUATE_EVERY + 1, step=step, time_ms=began)
+        self._block(
+            keys.BLOCK_STOP,
+            first=max((e + 1 for e in self.block_ends if e < epoch), default=1),
+            step=step,
+            time_ms=began,
+        )
         self.logger.start(keys.EVAL_START, metadata=data, time_ms=began)
         self.logger.event(keys.EVAL_ACCURACY, top1 / 100, metadata=data, time_ms=ended)
         self.logger.end(keys.EVAL_STOP, metadata=data, time_ms=ended)
@@ -127,9 +133,9 @@ class MLLog:
             self._block(keys.BLOCK_START, first=epoch + 1, step=step)
 
     def _block(self, key: str, first: int, step: int = 0, **when: int) -> None:
-        count = min(EVALUATE_EVERY, math.ceil(self.plan.epochs) - first + 1)
+        count = next((e for e in self.block_ends if e >= first), first) - first + 1
         write = self.logger.start if key == self.keys.BLOCK_START else self.logger.end
-        write(key, metadata={"first_epoch_num": first, "epoch_count": max(1, count), "step": step}, **when)
+        write(key, metadata={"first_epoch_num": first, "epoch_count": count, "step": step}, **when)
 
     def _cut_back(self, step: int) -> set[str]:
         """Drop events of later steps and a torn last line; the keys of those that stay."""
