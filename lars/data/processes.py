@@ -263,9 +263,7 @@ class Serving:
 class Decoding:
     """A decoder process: encoded samples from the arena to pixels in a slot."""
 
-    def __init__(
-        self, recipe: Recipe, training: bool, size_of: Callable[[int], int], shared: Shared, pipes: Pipes
-    ) -> None:
+    def __init__(self, recipe: Recipe, training: bool, size_of: Callable, shared: Shared, pipes: Pipes) -> None:
         self.recipe, self.training, self.size_of, self.shared, self.pipes = recipe, training, size_of, shared, pipes
 
     def run(self) -> None:

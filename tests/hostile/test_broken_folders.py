@@ -434,7 +434,15 @@ def spied(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], str
     return json.loads(done.stdout.splitlines()[-1]), done.stdout, seen, requests, clone
 
 
-DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt", "state.json")
+DATA_FILES = (
+    "config.yaml",
+    "result.json",
+    "metrics.jsonl",
+    "mllog.txt",
+    "state.json",
+    "evaluation.json",
+    "mistakes.png",
+)
 
 
 @promised(
@@ -446,7 +454,7 @@ DATA_FILES = ("config.yaml", "result.json", "metrics.jsonl", "mllog.txt", "state
     ),
     (
         "other files of it, checkpoints among them",
-        "never opened: only its configuration, result and logs, and by export a checkpoint that its hashes fit",
+        "never opened: only its configuration, result, logs and evaluation, and by export a checkpoint with its hashes",
         "open",
     ),
     ("`${oc.env:...}` anywhere in its config.yaml", "never resolved: the variable appears nowhere", "resolve"),
