@@ -34,7 +34,6 @@ from lars.engine.plain import Plain
 from lars.recipe.launched import Launched, is_first
 from lars.recipe.refusal import RecipeError
 from lars.report.classes import MOST_IN_A_PICTURE, Mistake, confusion_picture, mistakes_picture
-from lars.report.page import put
 from lars.run.folder import weights_sha256
 from lars.run.peers import Peers
 
@@ -50,10 +49,9 @@ class Seen:
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # by label, then by prediction
         self.mistakes: list[Mistake] = []
 
-    def look(self, batch: Batch, logits: Tensor) -> None:
-        """Count a batch (n images) by its logits (n, classes), and keep the mistakes with the largest shares."""
+    def look(self, batch: Batch, logits: Tensor, best: Tensor) -> None:
+        """Count a batch by its predictions, and keep the mistakes with the largest shares: see `evaluate_weights`."""
         labels = batch.labels.to(logits.device)
-        best = logits.topk(min(5, logits.shape[1])).indices[:, 0]  # as evaluation takes it, where several are equal
         self.confusion.index_put_((labels, best), torch.ones_like(labels), accumulate=True)
         shares = logits.float().softmax(1).gather(1, best[:, None])[:, 0]
         for place in (best != labels).nonzero()[:, 0].tolist():
@@ -114,12 +112,13 @@ def write(found: dict[str, Any], seen: Seen, out: Path) -> None:
     if len(confusion) <= MOST_IN_A_PICTURE:
         found["confusion"] = confusion.tolist()
         found["names"] = [name_of(label, seen.names) for label in range(len(confusion))]
-        put(out / "confusion.png", confusion_picture(found["confusion"], found["names"], title))
+        (out / "confusion.png").write_bytes(confusion_picture(found["confusion"], found["names"], title))
         pictures.append("confusion.png")
     kept = ("share", "id", "label", "prediction")
     found["mistakes"] = [{name: getattr(mistake, name) for name in kept} for mistake in seen.mistakes]
     if seen.mistakes:
-        put(out / "mistakes.png", mistakes_picture(seen.mistakes, f"{title}; the mistakes that it is most certain of"))
+        picture = mistakes_picture(seen.mistakes, f"{title}; the mistakes that it is most certain of")
+        (out / "mistakes.png").write_bytes(picture)
         pictures.append("mistakes.png")
     (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
     lowest = sorted(found["classes"], key=lambda entry: entry["top1"])[:5]

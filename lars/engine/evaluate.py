@@ -64,7 +64,7 @@ def evaluate_weights(
     chunk: int,
     stopping: Callable[[int], bool],
     stop: Callable[[], bool],
-    look: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    look: Callable[[Batch, Tensor, Tensor], None] = lambda batch, logits, best: None,
 ) -> Evaluation:
     """Loss, top-1 and top-5 over every image once.
 
@@ -73,7 +73,7 @@ def evaluate_weights(
     chunk; a process that waits for data asks `stop`.
 
     Args:
-        look: is given each batch of this process, and its logits (n, classes).
+        look: is given each batch of this process, its logits (n, classes) and predictions (n,).
 
     Raises:
         RuntimeError: the images counted are not the split's.
@@ -103,7 +103,7 @@ def evaluate_weights(
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         best = logits.topk(min(5, logits.shape[1])).indices
         right = best == labels[:, None]
-        look(batch, logits)
+        look(batch, logits, best[:, 0])
         hits += torch.stack([right[:, 0].sum(), right.sum()])
         images, bad = images + len(labels), bad + batch.bad
     batches.close()

@@ -67,7 +67,7 @@ def pass_bytes(model: nn.Module, recipe: Recipe, plan: BatchPlan) -> float:
         model.set_grad_checkpointing()
     counted = {
         size: activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
-        for size in (*training_sizes(recipe), recipe.model.image_size)
+        for size in {*training_sizes(recipe), recipe.model.image_size}
     }
     return kept_in(recipe.precision, max(counted[size] for size in training_sizes(recipe)))
 

@@ -64,17 +64,17 @@ class Progress:
     def step(self, step: int, loss: float, lr: float, images_per_second: float, waited: float) -> None:
         """`waited`: seconds that this process has waited for data so far; told from a hundredth of the time on."""
         share = waited / (time.time() - self.started)
-        starved = f", {share:.0%} of the time waiting for data" if share >= 0.01 else ""
+        waiting = f"{share:.0%} of the time waiting for data" if share >= 0.01 else ""
+        speed = f"{images_per_second:,.0f} images/s"
         if self.bar:
-            parts = [f"loss {loss:.3f}", f"{images_per_second:,.0f} images/s", f"lr {lr:.3g}", starved[2:]]
-            self.bar.set_postfix_str(self._fitting(parts), refresh=False)
+            self.bar.set_postfix_str(self._fitting([f"loss {loss:.3f}", speed, f"lr {lr:.3g}", waiting]), refresh=False)
             self.bar.update(1)
         elif self.shown and (
             time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)
         ):
             self.last_line = time.time()
             left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
-            speed = f"{images_per_second:,.0f} images/s{starved}"
+            speed = f"{speed}, {waiting}" if waiting else speed
             self._print(f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {speed}  {_clock(left)} left")
 
     def _fitting(self, parts: list[str]) -> str:

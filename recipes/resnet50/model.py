@@ -19,13 +19,18 @@ from timm.models import register_model
 from torch import nn
 
 
+def _resnet50(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm's `resnet50` as a new model begins with it, without what timm's factory says of pretrained weights."""
+    if pretrained:
+        raise ValueError(f"{name} has no pretrained weights")
+    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained")}
+    return timm.create_model("resnet50", **own)
+
+
 @register_model
 def resnet50_mlperf(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm's `resnet50`, whose arguments it takes; there are no pretrained weights of it."""
-    if pretrained:
-        raise ValueError("resnet50_mlperf has no pretrained weights")
-    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained")}
-    model = timm.create_model("resnet50", zero_init_last=False, **own)
+    model = _resnet50("resnet50_mlperf", pretrained, zero_init_last=False, **kwargs)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
@@ -55,10 +60,7 @@ class BlurredConv2d(nn.Conv2d):
 @register_model
 def resnet50_blurpool(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm's `resnet50`, with `BlurredConv2d` for the six strided convolutions behind the first (ffcv-imagenet)."""
-    if pretrained:
-        raise ValueError("resnet50_blurpool has no pretrained weights")
-    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained")}
-    model = timm.create_model("resnet50", **own)
+    model = _resnet50("resnet50_blurpool", pretrained, **kwargs)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1) and layer.in_channels >= 16:
             model.set_submodule(name, BlurredConv2d(layer))

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,9 +46,9 @@ def digest(mend: dict[str, str]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 
 
-def line(mend: dict[str, str], found: str) -> str:
-    """A mend's line of the log."""
-    return f"{found:8}  {digest(mend)}  {mend['mend']}  [{mend.get('test') or 'fuzz of ' + mend['fuzz']}]"
+def line(found: str, mend: dict[str, str], sources: str) -> str:
+    """A mend's line of the log; `sources` is its digest."""
+    return f"{found:8}  {sources}  {mend['mend']}  [{mend.get('test') or 'fuzz of ' + mend['fuzz']}]"
 
 
 def run(mend: dict[str, str], tree: Path) -> int:
@@ -113,18 +113,19 @@ def main(words: list[str]) -> int:
         for mend in yaml.safe_load(file.read_text())
     ]
     logged = set(LOG.read_text().splitlines()) if LOG.is_file() and not words else set()
-    chosen = [m for m in mends if all(word in m["mend"] for word in words)]
+    chosen = [(m, digest(m)) for m in mends if all(word in m["mend"] for word in words)]
     known: dict[str, bool] = {}
-    kept = [told for mend in chosen if (told := line(mend, "red")) in logged]
-    left = [mend for mend in chosen if line(mend, "red") not in logged]
+    kept = sorted(logged & {line("red", *one) for one in chosen})
+    left = [one for one in chosen if line("red", *one) not in logged]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
         for number in range(AT_ONCE):
             tree = Path(temporary) / str(number)
             leave = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
             trees.put(shutil.copytree(ROOT, tree, ignore=leave))
-        for mend, found in zip(left, pool.map(lambda mend: taken_back(mend, trees, known), left)):
-            kept.append(line(mend, found))
+        under_way = {pool.submit(taken_back, mend, trees, known): (mend, sources) for mend, sources in left}
+        for done in as_completed(under_way):  # as they end: what is stopped has kept all that were seen
+            kept.append(line(done.result(), *under_way[done]))
             print(kept[-1], flush=True)
             if not words:
                 LOG.write_text("\n".join(sorted(kept)) + "\n")
