@@ -231,9 +231,9 @@ class Training:
 
     def log_step(self, progress: Progress, loss: float, lr: float, took: float, waited: float) -> None:
         self.seconds, rate = self.seconds + took, self.plan.global_batch / took
-        values = {"loss": loss, "lr": lr, "images": self.step * self.plan.global_batch}
         self.folder.result.update(where := self.position())
-        self.folder.log("train", step=self.step, epoch=where["epochs"], **values, images_per_second=round(rate, 1))
+        values = {"loss": loss, "lr": lr, "images": where["images"], "images_per_second": round(rate, 1)}
+        self.folder.log("train", {"waited_seconds": waited}, step=self.step, epoch=where["epochs"], **values)
         if self.plan.ends_hundredth(self.step) and (ratios := self.engine.trust_ratios()):
             self.folder.log("trust", step=self.step, epoch=where["epochs"], ratios=ratios)
         progress.step(self.step, loss, lr, rate, waited)

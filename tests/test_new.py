@@ -137,6 +137,37 @@ def test_what_a_new_user_does_wrong_first_is_a_line(
     assert not (clone / "recipes/x/resnet18.yaml").exists()
 
 
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_folder_of_images_as_data_path_is_packed_once(
+    divided: bool, clone: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = draw(tmp_path / "shapes", 10)
+    if divided:
+        draw(tmp_path / "divided/val", 2)
+        folder = folder.rename(tmp_path / "divided/train").parent
+    keys = (f"data.path={folder}", "model.num_classes=5", "global_batch=32", f"run_dir={tmp_path / 'run'}")
+    check = [str(clone / "recipes/train.py"), "--config", "recipes/starter/resnet18.yaml", "--check", *keys]
+
+    def checked() -> tuple[int, str]:
+        status = subprocess.run([sys.executable, *check]).returncode
+        return status, "".join(capfd.readouterr())
+
+    status, said = checked()
+    assert status == 0 and f"packing the images of {folder} into {folder}-parquet, once" in said, said
+    samples = 50 if divided else 40
+    assert f"of {samples} images" in said or f"{samples} samples" in said, said
+    status, said = checked()
+    assert status == 0 and "packing" not in said and "convert" not in said, said
+    (last,) = folder.parent.glob("*-parquet/validation-*")
+    kept = last.read_bytes()
+    last.unlink()  # as if it had been stopped: it goes on, and never trains on a part
+    status, said = checked()
+    assert status == 0 and "packing" in said and last.read_bytes() == kept, said
+    next(folder.rglob("cross/000.jpg")).unlink()
+    status, said = checked()
+    assert status == 2 and "was begun with images=" in said and "Traceback" not in said, said
+
+
 def in_the_readme() -> list[str]:
     text = (ROOT / "README.md").read_text()
     return commands(text[text.index("## Your images") :].split("```")[1])

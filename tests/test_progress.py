@@ -74,3 +74,5 @@ def test_tensorboard_gets_the_numbers_of_two_processes_once(tiny: tuple[str, ...
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl", "train")]
     assert [scalar.value for scalar in found.Scalars("train/loss")] == pytest.approx(losses)  # in float32
     assert [scalar.step for scalar in found.Scalars("eval/top1")] == [2]
+    waited = [scalar.value for scalar in found.Scalars("train/waited_seconds")]
+    assert 0 < waited[0] <= waited[1]  # for the first batch, at least, and it adds up

@@ -19,8 +19,9 @@ import os
 import signal
 import sys
 from concurrent.futures import BrokenExecutor
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import pyarrow as pa
 
 from lars.data.conversion import FORM, begun, carry_out, still_to_write, write_json
 from lars.data.ilsvrc_tars import TARS, ilsvrc_tars
-from lars.data.image_folder import SPLITS, divided_folder, image_folder, split_folders
+from lars.data.image_folder import SPLITS, divided_folder, image_folder, is_whole, split_folders
 from lars.data.originals import Originals, check_name
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
@@ -36,6 +37,7 @@ from lars.exact.portable import versions
 from lars.recipe.refusal import RecipeError, one_line
 from lars.run.lock import LockLost, RunLock
 
+VAL_SHARE = 0.2  # of each class that is held out, where nobody says another
 # What does nothing for a kind of source.
 _IDLE = {
     "classes": ("val_labels", "revision", "split"),
@@ -195,7 +197,42 @@ def _convert(args: argparse.Namespace, lock: RunLock, jobs: list[Job], identity:
     print(f"use it with data.path={os.path.realpath(out)}")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def pack(folder: Path, *options: str) -> Path:
+    """FOLDER-parquet, beside it: the images of an image folder, packed there unless they are; a line says so.
+
+    Args:
+        options: of `lars convert`; a folder that is there already keeps those that it was begun with.
+
+    Raises:
+        RecipeError: they cannot be packed, or are not those that were packed.
+    """
+    out = Path(f"{os.path.realpath(folder)}-parquet")
+    if before := begun(out):
+        options = ("--resize", str(before["resize"])) if before.get("resize") else ()
+    if not split_folders(folder):
+        options += ("--val-share", str((before or {}).get("val_share", VAL_SHARE)))
+    packed = is_whole(out)
+    if not packed:
+        print(f"packing the images of {folder} into {out}, once", flush=True)
+    try:
+        with redirect_stdout(StringIO()) if packed else nullcontext():  # then it only looks whether they still fit
+            convert([str(folder), str(out), *options])
+    except (RecipeError, Unfinished) as error:
+        raise RecipeError(f"the images of {folder} cannot be packed beside it: {error}") from None
+    return out
+
+
+class Unfinished(RuntimeError):
+    """A conversion that the same command would go on with."""
+
+
+def convert(arguments: list[str] | None) -> None:
+    """What the command line asks for.
+
+    Raises:
+        RecipeError: it cannot be begun.
+        Unfinished: it cannot go on.
+    """
     lock = None
     try:
         args = _arguments(arguments)
@@ -206,24 +243,28 @@ def main(arguments: list[str] | None = None) -> int:
         lock = RunLock(args.out / UNFINISHED, "OUT", "give another OUT", "give another OUT")
         lock.acquire()
         _convert(args, lock, jobs, identity)
-    except RecipeError as error:
-        print("error:", _plain(str(error)), file=sys.stderr)
-        return 2
     except OSError as error:
-        advice = ": once that is mended, the same command goes on" if lock else ""
-        print("error:", _plain(f"{one_line(error)}{advice}"), file=sys.stderr)
-        return 1 if lock else 2
+        if lock is None:
+            raise RecipeError(one_line(error)) from None
+        raise Unfinished(f"{one_line(error)}: once that is mended, the same command goes on") from None
     except (DataError, LockLost, BrokenExecutor, pa.ArrowException, MemoryError) as error:
-        print("error:", _plain(f"{one_line(error)}: start the same command again to go on"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert: stopped; start the same command again to go on", file=sys.stderr)
-        return 75
+        raise Unfinished(f"{one_line(error)}: start the same command again to go on") from None
     finally:
         if lock:
             lock.release()
             with suppress(OSError):  # what is not empty stays for the next start
                 (args.out / UNFINISHED).rmdir()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        convert(arguments)
+    except (RecipeError, Unfinished) as error:
+        print("error:", _plain(str(error)), file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("convert: stopped; start the same command again to go on", file=sys.stderr)
+        return 75
     return 0
 
 

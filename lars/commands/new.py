@@ -25,10 +25,9 @@ import yaml
 from safetensors.torch import save_model
 from torch import nn
 
-from lars.commands import convert
+from lars.commands.convert import pack
 from lars.commands.subject import class_names, name_of, subject
 from lars.data.decode import BadImage, Encoded
-from lars.data.image_folder import split_folders
 from lars.data.index import build_indexes, resolve
 from lars.engine.build import build_model
 from lars.optim.key import CORE
@@ -38,20 +37,15 @@ from lars.recipe.keys import Data, Recipe, declared, neutral
 from lars.recipe.refusal import RecipeError, did_you_mean, refuses
 
 STARTER, FINETUNE = Path("recipes/starter/resnet18.yaml"), Path("recipes/starter/finetune.yaml")
-_SIDE, _VAL_SHARE = 256, 0.2  # what packed images are shrunk to, and the share of a class that is held out
+_SIDE = 256  # what packed images are shrunk to
 _EPOCHS = ((2_000, 30), (10_000, 20), (math.inf, 15))  # up to so many images, so many epochs from scratch
 
 
-def packed(folder: Path) -> Path | None:
-    """The Parquet files of a folder of images, written beside it if they are not there yet; None if that failed."""
+def files_of(folder: Path) -> Path:
+    """The Parquet files of --data: of a folder of images, those that are packed beside it."""
     if not folder.is_dir():
         raise RecipeError(f"--data {folder} is no folder")
-    if any(folder.glob("*.parquet")):
-        return folder
-    out = folder.resolve().parent / f"{folder.resolve().name}-parquet"
-    share = [] if split_folders(folder) else ["--val-share", str(_VAL_SHARE)]
-    print(f"packing the images of {folder} into {out}, once", flush=True)
-    return None if convert.main([str(folder), str(out), "--resize", str(_SIDE), *share]) else out
+    return folder if any(folder.glob("*.parquet")) else pack(folder, "--resize", str(_SIDE))
 
 
 def classes_of(data: Data, names: list[str] | None) -> int:
@@ -161,9 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not re.fullmatch(r"[\w-][\w.-]*", args.name) or args.size is not None and args.size < 1:
         raise RecipeError(f"NAME={args.name} is a folder of recipes/, as in flowers, and --size is in pixels")
     folder = Path("recipes") / args.name
-    if (place := packed(args.data)) is None:  # `lars convert` has said why
-        return 2
-    data = Data(path=str(place.resolve()))
+    data = Data(path=str(files_of(args.data).resolve()))
     names = class_names(data)
     classes = classes_of(data, names)
     samples, said = look(data, classes, names)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from lars.commands.convert import pack
 from lars.data.augment import check_policy
+from lars.data.image_folder import packed_beside
 from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
 from lars.data.reader import check_memory
@@ -57,6 +59,8 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
             "precision=bf16 has no quick kernels in the portable instruction set: a step of ResNet-50 at 224 pixels "
             "took 64 s instead of 3.5 s on an EPYC; runtime.portable=false is quicker"
         )
+    if packed_beside(recipe.data.place):
+        pack(Path(recipe.data.place))
     train, val = build_indexes(recipe.data, recipe.model.num_classes)
     for index in (train, val):
         check_memory(index)

@@ -8,10 +8,14 @@ No link is followed, because it can lead out of the tree or back into it, and no
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lars.data.originals import ENDINGS, Originals, Row, ending
 from lars.recipe.refusal import RecipeError
@@ -67,6 +71,25 @@ def divided_folder(folder: Path, share: float) -> Originals:
 def split_folders(folder: Path) -> list[Path]:
     """The folders in it that are called as those of splits are."""
     return [place for names in SPLITS.values() for name in names if (place := folder / name).is_dir()]
+
+
+def packed_beside(folder: str) -> Path | None:
+    """FOLDER-parquet, where the images of an image folder are packed; None if it holds Parquet files or no images."""
+    top = Path(folder)
+    if not top.is_dir() or any(top.glob("*.parquet")):
+        return None
+    files = (file for place in split_folders(top) or [top] for file in place.glob("*/*"))
+    images = any(file.name.lower().endswith(ENDINGS) for file in files)
+    return Path(f"{os.path.realpath(top)}-parquet") if images else None
+
+
+def is_whole(out: Path) -> bool:
+    """Whether all the images that `lars convert` began to pack into `out` are there."""
+    try:
+        images = json.loads((out / "convert.json").read_text())["images"]
+        return images == sum(pq.read_metadata(file).num_rows for file in out.glob("*.parquet"))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return False
 
 
 def _classes_in(place: Path, left_out: Counter[str]) -> list[str]:

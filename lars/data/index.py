@@ -20,6 +20,7 @@ import numpy as np
 
 from lars.data.content import Content
 from lars.data.footers import File, Footer, check_label_range, describe, read_footer
+from lars.data.image_folder import is_whole, packed_beside
 from lars.data.source import DataError, Source, causes
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
@@ -125,7 +126,10 @@ def _digest(names: Sequence[str], footers: Sequence[bytes], described: Sequence[
 
 
 def _folder(data: Data) -> str:
-    return os.path.expanduser(data.place.removeprefix("file://"))
+    """`data.path` as a folder; where that holds images, the one beside it in which all of them are packed."""
+    path = os.path.expanduser(data.place.removeprefix("file://"))
+    beside = packed_beside(path)
+    return str(beside) if beside and is_whole(beside) else path
 
 
 def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:

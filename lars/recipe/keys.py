@@ -37,7 +37,9 @@ class Data:
     image_column: str = key("column of the images", "image")
     label_column: str = key("column of the labels", "label")
     max_bad_fraction: float = key("share of undecodable images that may be replaced", 0.0, limit=SHARE)
-    path: str = key('a Hub id, a folder ("./..." is relative to the recipe), or the address of one', free=True)
+    path: str = key(
+        'a Hub id, a folder of Parquet files or images ("./..." is relative to the recipe), or an address', free=True
+    )
     revision: str | None = key("of a Hub data set: branch, tag or commit", None, free=True)
     workers: int | None = key(
         "decoding processes of each rank; null: its share of the cores less one, at most 16",

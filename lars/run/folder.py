@@ -103,16 +103,17 @@ class RunFolder:
         if self.writes:
             print(f"{self.name}: {text}", flush=True)
 
-    def log(self, kind: str, **values: Any) -> None:
+    def log(self, kind: str, also: dict[str, float] | None = None, **values: Any) -> None:
         """Append a line to metrics.jsonl; `result.json` is refreshed with evaluations and at most once a second.
 
-        Trackers get the numbers of training and evaluation as train/loss, eval/top1 and so on.
+        Trackers get the numbers of training and evaluation as train/loss, eval/top1 and so on, and those of `also`.
         """
         if kind == "eval":
             self.result.update(top1=values["top1"], top5=values["top5"])
         self.append("metrics.jsonl", {"kind": kind, **values})
         if self.tracker and kind in ("train", "eval"):
-            numbers = {f"{kind}/{key}": value for key, value in values.items() if key not in ("step", "epoch")}
+            told = {**values, **(also or {})}
+            numbers = {f"{kind}/{key}": value for key, value in told.items() if key not in ("step", "epoch")}
             self.tracker(numbers, step=values["step"])
         if self.writes and (kind == "eval" or time.time() - (self.result["heartbeat"] or 0) > 1):
             self._write_result()
