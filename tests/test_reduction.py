@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lars.exact.kernels import kernels
 from lars.exact.reduction import RANGE_BITS, OrderFreeSum
 
 PASSES = 12
@@ -77,6 +78,35 @@ def test_a_parameter_nobody_had_a_gradient_for_stays_without() -> None:
         total.add_gradients()
     total.finish()
     assert torch.equal(p.grad, torch.ones(3)) and q.grad is None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_kernels_give_the_plain_path_bits(memory_format: torch.memory_format) -> None:
+    """Of gradients of every size: halves that are rounded to even, subnormals, zeros of both signs, none at all."""
+    if kernels() is None:
+        pytest.skip("the kernels are not built here: there was no C compiler")
+    shapes = [(7, 5, 3, 3), (4099, 1, 1, 1), (1, 1, 1, 1), (64, 3, 7, 7)]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape).to(memory_format=memory_format)) for shape in shapes]
+    both = [OrderFreeSum([(str(n), p) for n, p in enumerate(parameters)], 3, 0, 0, torch.device("cpu")) for _ in "12"]
+    both[1].kernels = None
+    unit = 1 / both[0].scale
+    for number in range(3):
+        grads = [10.0 ** torch.randint(-45, 4, shape, generator=generator) for shape in shapes]
+        grads = [g * torch.randn(g.shape, generator=generator) for g in grads]
+        grads[0].view(-1)[:6] = torch.tensor([0.5, 1.5, -0.5, -2.5, 0.0, -0.0]) * unit
+        grads[1].view(-1)[number] = 2.0**RANGE_BITS * (1 - 2**-24)
+        for total in both:
+            for p, g in zip(parameters, grads):
+                p.grad = g.to(memory_format=memory_format)
+            parameters[2].grad = None if number < 2 else parameters[2].grad
+            total.add_gradients()
+    assert torch.equal(both[0].total, both[1].total) and both[0].gradients.any()
+    means = []
+    for total in both:
+        assert total.finish().bad_gradients == []
+        means.append([p.grad for p in parameters])
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(*means))
 
 
 def test_nothing_of_a_step_is_left_in_the_next() -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lars.exact.kernels import Kernels, kernels
+
 RANGE_BITS = 14  # |gradient element of one pass| < 16,384
 _BAD = 1 << 32  # a parameter's count: passes that had a gradient, plus this for each that was out of range
 _HIGH_BITS, _LOW_BITS = 8, 48  # exact floats are stored as two integers, of 1/2^8 and of 1/2^48
@@ -59,22 +61,38 @@ class OrderFreeSum:
         self.had, self.counted = (torch.zeros(size, dtype=torch.int64) for size in (len(self.parameters), counts))
         self.begun = False  # the first pass of a step is stored, the others are added to it
         self.flat = torch.zeros(elements, device=device)  # float32: one pass's gradient, then the step's mean
-        chunk = min(_CHUNK.get(device.type, 1 << 17), max(elements, 1))
-        self.scratch_float = torch.empty(chunk, device=device)
-        self.scratch_int = torch.empty(chunk, dtype=torch.int64, device=device)
+        self.kernels = kernels() if device.type == "cpu" else None
+        self.chunk = min(_CHUNK.get(device.type, 1 << 17), max(elements, 1))
+        self.scratch_float = torch.empty(self.chunk, device=device)
+        self.scratch_int = torch.empty(self.chunk, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add the gradient of one pass (of the mean over its samples) and clear it."""
         if not self.parameters:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         self.had += torch.tensor([p.grad is not None for p in self.parameters])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        fits = self._add_with(self.kernels, grads) if self.kernels else self._add(grads)
+        self.begun = True
+        if not fits:
+            largest = torch.stack(torch._foreach_norm(grads, math.inf))
+            self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
+        for p in self.parameters:
+            p.grad = None
+
+    def _add_with(self, kernels: Kernels, grads: list[Tensor]) -> bool:
+        """Add to `gradients`, or store there; False if an element is out of range."""
+        fits, how = True, (self.scale, 2.0**RANGE_BITS, not self.begun)
+        for g, total in zip(grads, self.gradients.split([g.numel() for g in grads])):
+            fits &= kernels.add_pass(g.contiguous().float(), total, *how)
+        return fits
+
+    def _add(self, grads: list[Tensor]) -> bool:
+        """As `_add_with`, on any device; a GPU is not waited for, so there it is False throughout."""
         torch.cat([g.reshape(-1) for g in grads], out=self.flat)
-        looks = fits = self.flat.device.type == "cpu"  # at each chunk while it is in cache; a GPU is not waited for
-        for values, total in zip(
-            self.flat.split(len(self.scratch_float)), self.gradients.split(len(self.scratch_float))
-        ):
+        looks = fits = self.flat.device.type == "cpu"  # at each chunk while it is in cache
+        for values, total in zip(self.flat.split(self.chunk), self.gradients.split(self.chunk)):
             rounded, whole = self.scratch_float[: len(values)], self.scratch_int[: len(values)]
             if looks:
                 least, most = values.aminmax()
@@ -85,12 +103,7 @@ class OrderFreeSum:
                 total += whole.copy_(rounded)
             else:
                 total.copy_(rounded)
-        self.begun = True
-        if not fits:
-            largest = torch.stack(torch._foreach_norm(grads, math.inf))
-            self.presence += torch.where(largest < 2.0**RANGE_BITS, 0, _BAD)  # NaN compares false
-        for p in self.parameters:
-            p.grad = None
+        return fits
 
     @torch.no_grad()
     def add_floats(self, values: Tensor) -> None:
@@ -121,8 +134,12 @@ class OrderFreeSum:
         presence, high, low, bad, counts = self._read()
         bad_gradients = [name for name, count in zip(self.names, presence) if count >= _BAD]
         if not bad_gradients:
-            for total, mean in zip(self.gradients.split(len(self.scratch_int)), self.flat.split(len(self.scratch_int))):
-                mean.copy_(total.double().mul_(1.0 / (self.scale * self.passes)))
+            factor = 1.0 / (self.scale * self.passes)
+            if self.kernels:
+                self.kernels.mean(self.gradients, self.flat, factor)
+            else:
+                for total, mean in zip(self.gradients.split(self.chunk), self.flat.split(self.chunk)):
+                    mean.copy_(total.double().mul_(factor))
             views = self.flat.split([p.numel() for p in self.parameters])
             for p, view, count in zip(self.parameters, views, presence):
                 mean = view.view_as(p)

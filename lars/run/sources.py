@@ -23,7 +23,7 @@ def sources(config: Path) -> dict[str, str]:
     """{file: SHA-256} of what decides a run besides the recipe's keys: `lars/`, `train.py`, the recipe's own folder."""
     library, folder = Path(__file__).parents[1], config.resolve().parent
     train = folder / "train.py" if (folder / "train.py").is_file() else folder.parent / "train.py"
-    files = {f"lars/{p.relative_to(library)}": p for p in library.rglob("*.py")}
+    files = {f"lars/{p.relative_to(library)}": p for ending in ("py", "c") for p in library.rglob(f"*.{ending}")}
     files.update({f"recipe/{p.name}": p for p in (*folder.glob("*.py"), config)})
     files.update({f"{p.parent.name}/{p.name}": p for p in model_files.get(folder / "model.py", [])})
     if train.is_file():

@@ -4,7 +4,7 @@ Each trial runs in a process of its own, from a seed that repeats it: `python -m
 A finding is a traceback, a hang, a process left behind, more memory than MOST_MEMORY, an error that is not one line, or
 a wrong success, which an oracle tells:
 
-- recipes: what was accepted is what a plain YAML parser reads from the same text;
+- recipes: what was accepted is what a plain YAML parser reads from the same text, and keeps the limits of `lars keys`;
 - folders: a run that goes on from a broken folder ends with the weights of an undisturbed one, and the tools that only
   read a folder end in order;
 - data: a run on a broken data set either stops or has the weights of one on the whole data;
@@ -40,6 +40,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DEMO, RANKS, ROOT, tiny_overrides
 
+RECIPES = [DEMO / "alexnet.yaml", DEMO / "resnet50.yaml", *(ROOT / "recipes/study").glob("[ar]*.yaml")]
 MOST_SECONDS = 300  # of a trial, which takes seconds: what takes so long hangs
 MOST_MEMORY = 3 * 2**30  # bytes of a trial's process; an undisturbed one takes a third
 NASTY = [
@@ -48,6 +49,13 @@ NASTY = [
     "!!python/object/apply:os.system [ls]", "&a [*a]", "\x00", "é" * 300, "../../x",
     "/dev/zero", "2024-01-01", "'", '"', "a: b: c", "- x", "%", "@", "\t",
 ]  # fmt: skip
+LIMITS = {  # as `lars keys` says them
+    "must be positive": lambda x: x > 0,
+    "must not be negative": lambda x: x >= 0,
+    "must lie in [0, 1)": lambda x: 0 <= x < 1,
+    "must lie in [0, 1]": lambda x: 0 <= x <= 1,
+}
+EDGES = ["-1", "0", "0.5", "1"]  # of what keys allow; given alone, so that nothing else is refused first
 VALUES: list[Any] = [
     None,
     True,
@@ -147,25 +155,35 @@ def in_order(status: int, told: str, allowed: tuple[int, ...]) -> str | None:
 
 def recipes(dice: random.Random, stage: Path, folder: Path) -> str | None:
     from lars.recipe import config
+    from lars.recipe.keys import declared
     from recipes.train import main
 
     file = folder / "recipe.yaml"
-    original = dice.choice([DEMO / "alexnet.yaml", DEMO / "resnet50.yaml", *(ROOT / "recipes/study").glob("*.yaml")])
+    original = dice.choice(RECIPES)
     text = original.read_text().replace("path: ./data", f"path: {stage / 'data'}")
     overrides = ["trackers=[]"]
     if dice.random() < 0.6:
         text = mutated_text(text, dice)
     else:
-        keys = [*config.flatten(config.Recipe()), "lr", "model", "augment", "x.y", "model.kwargs.z"]
-        overrides += [f"{dice.choice(keys)}={dice.choice(NASTY)}" for _ in range(dice.randint(1, 3))]
+        keys = [*config.flatten(config.load(original, [])), "lr", "model", "augment", "x.y", "model.kwargs.z"]
+        if dice.random() < 0.5:
+            overrides += [f"{dice.choice(keys)}={dice.choice(EDGES)}"]
+        else:
+            overrides += [f"{dice.choice(keys)}={dice.choice(NASTY)}" for _ in range(dice.randint(1, 3))]
     file.write_text(text, errors="surrogateescape")
     status, told = quietly(
         main, ["--config", str(file), "--check", "--processes", str(dice.choice((1, 2, 3, 0, -1))), *overrides]
     )
     wrong = in_order(status, told, (0, 2))
-    if wrong or status or len(overrides) > 1:
+    if wrong or status:
         return wrong
-    plain, read = config.one_level(yaml.safe_load(text)), config.flatten(config.load(file, []))
+    recipe = config.load(file, overrides)
+    plain, read = config.one_level(yaml.safe_load(text)), config.flatten(recipe)
+    limits = {k: one.metadata["limit"] for k, one in declared(type(recipe.optimizer)).items() if one.metadata["limit"]}
+    if beyond := [k for k, limit in limits.items() if read[k] is not None and not LIMITS[limit](read[k])]:
+        return f"accepted beyond a limit: {[f'{k}={read[k]} {limits[k]}' for k in beyond]}"
+    if len(overrides) > 1:
+        return None
     skipped = ("data.path", "run_dir")  # made absolute
     differ = [k for k, v in plain.items() if k not in skipped and "${" not in str(v) and read.get(k) != v]
     differ = [
