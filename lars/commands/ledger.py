@@ -13,10 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from lars.recipe import config
-from lars.recipe.keys import differing, fixing
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
+from lars.report.report import changed_keys
 from lars.run.folder import write_atomically
 from lars.run.reading import (
     RECIPES,
@@ -58,12 +56,10 @@ def other_run(run: Path, recipe_file: Path) -> str | None:
     """Why a run is not one of this recipe; None if only the seed may be another."""
     if not recipe_file.is_file():
         return f"there is no {recipe_file}"
-    import_model_file(recipe_file.parent)
-    ran, recipe = flatten_run(run), config.trajectory(config.load(recipe_file, []))
-    keys = [key for key in differing(fixing(ran), recipe) if key not in ("seed", "model.weights_sha256")]
-    if keys:
+    if keys := changed_keys(run, recipe_file):
         return f"{', '.join(keys[:3])}{', ...' * (len(keys) > 3)} differ from {recipe_file.name}: copy the recipe"
-    return f"it stopped early, at max_steps={ran['max_steps']}" if ran.get("max_steps") else None
+    stopped = flatten_run(run).get("max_steps")
+    return f"it stopped early, at max_steps={stopped}" if stopped else None
 
 
 def keep(run: Path, entry: Path) -> None:

@@ -3,7 +3,7 @@
 The same model, photographs, augmentation, precision, number of processes and of decoding processes, one thread each,
 in turns and clocked from outside: images/s after three steps, CPU seconds of the run, seconds and CPU seconds to the
 first step (launcher included), the most memory of all processes together (PSS), images/s of the evaluation. Ours runs
-with its default keys. Medians over the rounds; ratios are ours to the fastest rival.
+with its default keys. `page.py` makes docs/speed.md of the JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DEMO, ROOT, launch_line
 
-from benchmarks import photos
+from tests.benchmarks import photos
+from tests.benchmarks.optimizer_step import cpu_model
 
 RIVALS = ("timm", "torchvision", "accelerate")
 WARM = 3  # steps before the clock of the rate starts
@@ -121,48 +125,44 @@ def clock(command: list[str], lines: Path, case: tuple[str, int, int, int], proc
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     rate = (steps - WARM) * batch * processes / (at[steps - 1] - at[WARM - 1])
     evaluated = IMAGES // 10 / (at[steps] - at[steps - 1])
-    return found | {"images_per_second": rate, "cpu_seconds": cpu, "memory": most, "evaluated_per_second": evaluated}
+    return found | {
+        "images_per_second": rate,
+        "cpu_seconds_an_image": cpu / (steps * batch * processes),
+        "memory": most,
+        "evaluated_per_second": evaluated,
+    }
+
+
+def median(rounds: list[dict[str, float]], key: str) -> float:
+    return statistics.median(told[key] for told in rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, every round of it")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    found: dict[str, Any] = {"load_before": os.getloadavg(), "cores": os.cpu_count(), "rows": []}
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": version("torch"), "load": os.getloadavg()}
+    found: dict[str, Any] = {"machine": machine, "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         photos.write(data / "parquet", IMAGES, data / "folder" / "train")
         photos.write(data / "other", IMAGES // 10, data / "folder" / "validation")
-        for name, case in CASES.items():
-            for processes in (1, 2):
-                told: dict[str, list[dict[str, float]]] = {}
-                for number in range(args.rounds):
-                    for who in ("ours", *RIVALS):
-                        run = Path(temporary, f"{name}-{processes}-{number}-{who}".replace(" ", "-"))
-                        run.mkdir()
-                        start = (
-                            ours(case, processes, data, run)
-                            if who == "ours"
-                            else rival(who, case, processes, data, run)
-                        )
-                        told.setdefault(who, []).append(clock(*start, case, processes))
-                        print(name, processes, who, told[who][-1], file=sys.stderr, flush=True)
-                medians = {
-                    who: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-                    for who, rows in told.items()
-                }
-                best = max(medians[who]["images_per_second"] for who in RIVALS)
-                ratio = medians["ours"]["images_per_second"] / best
-                found["rows"].append(
-                    {"case": name, "processes": processes, "ratio": round(ratio, 3), "medians": medians}
-                )
+        for (name, case), processes in product(CASES.items(), (1, 2)):
+            rounds: dict[str, list[dict[str, float]]] = {who: [] for who in ("ours", *RIVALS)}
+            for number, who in product(range(args.rounds), rounds):
+                run = Path(temporary, f"{name}-{processes}-{number}-{who}".replace(" ", "-"))
+                run.mkdir()
+                start = ours if who == "ours" else partial(rival, who)
+                rounds[who].append(clock(*start(case, processes, data, run), case, processes))
+                print(name, processes, who, rounds[who][-1], file=sys.stderr, flush=True)
+            found["rows"].append({"case": name, "processes": processes, "rounds": rounds})
     if args.json:
         print(json.dumps(found, indent=1))
         return
     for row in found["rows"]:
-        for who, numbers in row["medians"].items():
-            shown = ", ".join(f"{key} {value:,.4g}" for key, value in numbers.items())
+        for who, told in row["rounds"].items():
+            shown = ", ".join(f"{key} {median(told, key):,.4g}" for key in told[0])
             print(f"{row['case']}, {row['processes']} processes, {who}: {shown}")
 
 

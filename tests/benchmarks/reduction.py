@@ -9,6 +9,8 @@ Three ways over the gradient of ResNet-50 (25.6 million elements), V passes on W
 Reports milliseconds a step without the forward and backward (median), bytes on the wire and of extra memory per
 element, the one-step error against float64, and whether W = 1, 2, 4 gave one hash.
 
+And how long only the exchange takes: integers as they are sent, floats, and ways that would send 6 bytes an element.
+
 Then what the promise costs in a whole step, data included: `recipes/train.py` as it is, with
 `runtime.deterministic=false`, and a loop of plain PyTorch (DDP, `no_sync` until the last pass, standard batch norm,
 fused SGD) that reads the same batches; 8 passes of 32 images, at 2 and 4 processes, for a small and a large ResNet-50.
@@ -147,6 +149,54 @@ def _rank(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
     dist.destroy_process_group()
 
 
+ELEMENTS = 25_557_032
+
+
+def _exchange(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
+    """Milliseconds of each way to have the sum (or the mean) of all gradients everywhere."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    size = -(-ELEMENTS // world) * world
+    integers, floats = torch.ones(size, dtype=torch.int64), torch.ones(size)
+    share, mean, others = integers[: size // world].clone(), floats[: size // world].clone(), torch.empty_like(integers)
+
+    def scattered() -> None:
+        dist.reduce_scatter_tensor(share, integers)
+        dist.all_gather_into_tensor(floats, mean)
+
+    def all_to_all() -> None:
+        dist.all_to_all_single(others, integers)
+        others.view(world, -1).sum(0)
+        dist.all_gather_into_tensor(floats, mean)
+
+    ways = {
+        "all_reduce of int64": lambda: dist.all_reduce(integers),
+        "all_reduce of float32": lambda: dist.all_reduce(floats),
+        "reduce_scatter of int64, all_gather of float32": scattered,
+        "all_to_all of int64, all_gather of float32": all_to_all,
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(WARM_UP + STEPS):
+        for way, exchange in ways.items():
+            dist.barrier()
+            started = time.perf_counter()
+            exchange()
+            times[way].append(1000 * (time.perf_counter() - started))
+    if rank == 0:
+        answer.put({way: round(statistics.median(ms[WARM_UP:]), 1) for way, ms in times.items()})
+    dist.destroy_process_group()
+
+
+def measure_exchange() -> dict[int, dict[str, float]]:
+    """{processes: {way: ms}}."""
+    table = {}
+    for world in (2, 4):
+        answer = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(_exchange, (world, 29640 + world, answer), nprocs=world)
+        table[world] = answer.get()
+    return table
+
+
 STEP_KEYS = ("global_batch=256", "bn_group=32", "runtime.micro_batch=32", "epochs=4", "trackers=[]")
 MODELS = {"small, 0.4 million weights": [8, 16, 32, 64], "large, 23.5 million weights": [64, 128, 256, 512]}
 
@@ -225,7 +275,8 @@ def measure() -> dict:
         "cores": torch.multiprocessing.cpu_count(),
         "torch": torch.__version__,
     }
-    return {"elements": 25_557_032, "passes": PASSES, "machine": machine, "ways": rows, "steps": measure_steps()}
+    shared = {"elements": ELEMENTS, "passes": PASSES, "machine": machine}
+    return {**shared, "ways": rows, "exchange": measure_exchange(), "steps": measure_steps()}
 
 
 def main() -> None:
@@ -238,6 +289,8 @@ def main() -> None:
         return
     for name, row in result["ways"].items():
         print(f"{name:8} {row['ms']} ms, ratio {row['ratio']}, error {row['error']:.1e}, one hash: {row['one_hash']}")
+    for world, ways in result["exchange"].items():
+        print(f"{world} processes, the exchange alone: {ways} ms")
     for name, worlds in result["steps"].items():
         for world, row in worlds.items():
             print(f"{name}, {world} processes: {row['ms']} ms, ratio {row['ratio']}")
