@@ -171,12 +171,15 @@ def simulate(processes: int, recipe_file: Path, overrides: tuple[str, ...], inde
 # --- counted ----------------------------------------------------------------------------------------------------------
 
 
+_sent: dict[str, int] = {}  # of each socket that there was: a process that has ended takes its own with it
+
+
 def sent() -> tuple[int, int]:
     """Sockets to other processes that this one holds, and bytes that it has sent through those of gloo."""
-    store, found, sent = int(os.environ["MASTER_PORT"]), 0, 0
+    store, found = int(os.environ["MASTER_PORT"]), 0
     for number in os.listdir("/proc/self/fd"):
         try:
-            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+            if not (name := os.readlink(f"/proc/self/fd/{number}")).startswith("socket:"):
                 continue
             end = socket.socket(fileno=os.dup(int(number)))
         except OSError:
@@ -189,8 +192,8 @@ def sent() -> tuple[int, int]:
                 continue
             found += 1
             if end.getpeername()[1] != store:
-                sent += struct.unpack_from("Q", told, 200)[0]  # tcpi_bytes_sent
-    return found, sent
+                _sent[name] = struct.unpack_from("Q", told, 200)[0]  # tcpi_bytes_sent
+    return found, sum(_sent.values())
 
 
 def count(folder: str) -> None:

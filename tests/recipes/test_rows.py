@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import sources_page as sources
 import timm
 import torch
 import yaml
@@ -286,7 +287,8 @@ def test_a_reference_point_has_the_numbers_of_the_package(name: str) -> None:
     # Google's code keeps the rate inside the velocity, NVIDIA's momentum correction is the same as outside
     rule = {"Google": "paper", "NVIDIA": "torch"}[point["Creator"]]
     assert (r.optimizer.eps, r.optimizer.momentum_mode, r.schedule.power, r.schedule.end_lr) == (0, rule, 2, 1e-4)
-    assert (r.model.name, r.augment.scale[0], r.augment.std) == ("resnet50_mlperf", 0.05, [1.0, 1.0, 1.0])
+    std = {"Google": [1.0, 1.0, 1.0], "NVIDIA": [58.395, 57.12, 57.375]}[point["Creator"]]
+    assert (r.model.name, r.augment.scale[0], r.augment.std) == ("resnet50_mlperf", 0.05, std)
     assert r.schedule.warmup_epochs == keys["opt_learning_rate_warmup_epochs"] and r.augment.label_smoothing == 0.1
     logged, warmup = keys["opt_learning_rate_decay_steps"], r.schedule.warmup_epochs * IMAGENET / r.global_batch
     # a decay counted from the start ends too early if a seed converges after it; half a step, because files round
@@ -337,6 +339,20 @@ def test_a_step_at_the_real_batch_is_as_many_distinct_samples(batch: int, group:
     index = Index(tuple(map(str, range(294))), numbers * 294 // len(rows), numbers, rows, "")
     ids = Order(index, 0, batch, group or None).ids(3, range(batch))
     assert len(np.unique(ids)) == len(ids) == batch and ids.min() >= 0 and ids.max() < IMAGENET
+
+
+def test_what_a_recipe_runs_otherwise_than_its_source_has_a_reason() -> None:
+    """Of every key of every row; each value has its file, commit and line, and the page is what they say."""
+    pytest.importorskip("mlperf_logging")
+    written = yaml.safe_load(sources.FILE.read_text())
+    assert set(NAMES) - set(written["recipes"]) == {"resnet50/lars-b32k-64ep", "resnet50/lars-b32k-90ep-bn16"}
+    assert all(re.fullmatch("[0-9a-f]{40}", file["commit"]) for file in written["sources"].values())
+    cited = [one for keys in written["recipes"].values() for one in keys.values()]
+    assert len(cited) > 1000 and all(one["source"] in written["sources"] and one["line"] > 0 for one in cited)
+    different = sources.differences()
+    assert [where for where, why in different.items() if not why] == []
+    assert ("resnet50/lars-b32k-90ep", "optimizer.name") in different  # it can find one
+    assert sources.PAGE.read_text() == sources.page(), "write it anew: python -m tests.recipes.sources_page"
 
 
 def test_every_publication_has_a_recipe_and_a_source() -> None:
