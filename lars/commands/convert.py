@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from concurrent.futures import BrokenExecutor
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -34,7 +34,7 @@ from lars.data.originals import Originals, check_name
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
 from lars.exact.portable import versions
-from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.refusal import RecipeError, hidden, one_line
 from lars.run.lock import LockLost, RunLock
 
 VAL_SHARE = 0.2  # of each class that is held out, where nobody says another
@@ -211,14 +211,15 @@ def pack(folder: Path, *options: str) -> Path:
         options = ("--resize", str(before["resize"])) if before.get("resize") else ()
     if not split_folders(folder):
         options += ("--val-share", str((before or {}).get("val_share", VAL_SHARE)))
-    packed = is_whole(out)
-    if not packed:
-        print(f"packing the images of {folder} into {out}, once", flush=True)
+    if not (packed := is_whole(out)):
+        print(hidden(f"packing the images of {folder} into {out}, once"), flush=True)
     try:
-        with redirect_stdout(StringIO()) if packed else nullcontext():  # then it only looks whether they still fit
+        with redirect_stdout(StringIO()) as said:
             convert([str(folder), str(out), *options])
     except (RecipeError, Unfinished) as error:
         raise RecipeError(f"the images of {folder} cannot be packed beside it: {error}") from None
+    if not packed:  # else it has only looked whether they still fit
+        print(hidden(said.getvalue()), end="")
     return out
 
 

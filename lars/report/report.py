@@ -108,20 +108,12 @@ def changed_keys(run: Path, recipe_file: Path) -> list[str]:
     return [key for key in keys if key not in ("seed", "model.weights_sha256")]
 
 
-def changes(run: Path, recipe_name: str) -> str:
-    """What a run changes of this repository's recipe of its name, or why that cannot be told; "" if nothing."""
+def changes(run: Path, recipe_name: str) -> list[str]:
+    """`key=value` of what a run changes of this repository's recipe of its name; none where there is no such recipe."""
     recipe_file = RECIPES / f"{recipe_name}.yaml"
-    if not is_name(recipe_name) or not recipe_file.is_file():
-        return ""
-    if not (ran := flatten_run(run)):
-        return "has no config.yaml: what it changes of its recipe cannot be told"
-    keys = [f"{key}={_short(ran.get(key))}" for key in changed_keys(run, recipe_file)]
-    return f"is no run of its recipe, and is not judged: it has {', '.join(keys)}" if keys else ""
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    if not is_name(recipe_name) or not recipe_file.is_file() or not (ran := flatten_run(run)):
+        return []
+    return [f"{key}={str(ran.get(key))[:40]}" for key in changed_keys(run, recipe_file)]
 
 
 class Verdict(NamedTuple):
@@ -130,7 +122,7 @@ class Verdict(NamedTuple):
     row: dict[str, str]
     good: bool
     source: str
-    changes: str = ""  # of its recipe
+    changes: list[str]  # of its recipe
 
 
 def judge(run: Path) -> Verdict:
@@ -144,7 +136,7 @@ def judge(run: Path) -> Verdict:
     result = read_result(run)
     name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status") or "not started"
     changed = changes(run, name)
-    expected = None if "=" in changed else expectation(name)
+    expected = None if changed else expectation(name)
     evaluations = read_lines(run / "metrics.jsonl", "eval")
     met = status == "finished" and top1 is not None and (expected is None or expected.met_by(top1, evaluations))
     verdict = "PASS" if met else "FAIL"
@@ -179,7 +171,12 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     notes = [
         f"{name}: expected by what {source} published (recipes/published.yaml)" for name, source in published.items()
     ]
-    notes += [f"{run} {verdict.changes}" for run, verdict in zip(runs, verdicts) if verdict.changes]
+    for run, verdict in zip(runs, verdicts):
+        if verdict.changes:
+            changed = "".join(c if c.isprintable() else "?" for c in ", ".join(verdict.changes))
+            notes.append(f"{run} is no run of its recipe, and is not judged: it has {changed}")
+        elif not flatten_run(run):
+            notes.append(f"{run} has no config.yaml: what it changes of its recipe cannot be told")
     if not RECIPES.is_dir():
         notes.append(f"nothing is expected of these runs, since there is no {RECIPES}: use the library of a clone")
     for note in notes:
