@@ -3,7 +3,7 @@
 PYTHON ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # Logs and results that another target has just written make no other commit of the sources.
-COMMIT = $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD -- . ':!tests/*.log' ':!tests/*.json' ':!docs' || echo -dirty)
+COMMIT = $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD -- . ':!tests/*.log' ':!tests/*.json' ':!tests/*.png' ':!docs' || echo -dirty)
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
