@@ -148,7 +148,8 @@ def test_a_broken_optimizer_fails_the_table(
     """The right rule passes, one with its sign flipped fails: trained by the real loop, judged by the real report."""
     recipe = tmp_path / "recipes/mine/resnet50.yaml"
     recipe.parent.mkdir(parents=True)
-    recipe.write_text((DEMO / "resnet50.yaml").read_text())
+    # under a name of its own: a run that changes a recipe is not judged by what that reaches
+    recipe.write_text((DEMO / "resnet50.yaml").read_text().replace("name: demo/", "name: mine/"))
     overrides = (*tiny, "bn_group=24", "runtime.micro_batch=48", "epochs=8")
     play(2, recipe, *overrides, f"run_dir={tmp_path / 'right'}", log=tmp_path / "log")
     top1 = read_result(tmp_path / "right")["top1"]
