@@ -27,6 +27,7 @@ from lars.recipe.keys import declared
 from lars.recipe.refusal import RecipeError
 from lars.run.folder import weights_sha256
 from lars.run.reading import read_result
+from recipes import train
 
 CLASSES = ("cross", "disc", "square", "stripes", "triangle")
 TO_ONNX = """
@@ -146,10 +147,9 @@ def test_a_folder_of_images_as_data_path_is_packed_once(
         draw(tmp_path / "divided/val", 2)
         folder = folder.rename(tmp_path / "divided/train").parent
     keys = (f"data.path={folder}", "model.num_classes=5", "global_batch=32", f"run_dir={tmp_path / 'run'}")
-    check = [str(clone / "recipes/train.py"), "--config", "recipes/starter/resnet18.yaml", "--check", *keys]
 
     def checked() -> tuple[int, str]:
-        status = subprocess.run([sys.executable, *check]).returncode
+        status = train.main(["--config", "recipes/starter/resnet18.yaml", "--check", *keys])
         return status, "".join(capfd.readouterr())
 
     status, said = checked()
