@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from concurrent.futures import BrokenExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from lars.data.conversion import FORM, begun, carry_out, still_to_write, write_json
 from lars.data.ilsvrc_tars import TARS, ilsvrc_tars
-from lars.data.image_folder import SPLITS, divided_folder, image_folder, is_whole, split_folders
+from lars.data.image_folder import SPLITS, beside, divided_folder, image_folder, is_whole, split_folders
 from lars.data.originals import Originals, check_name
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
@@ -132,8 +132,8 @@ def _say_found(found: Originals) -> None:
 
 
 def _plain(text: str) -> str:
-    """In one line, whatever a file is called."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """In one line, whatever a file is called, without values that stay hidden."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in hidden(text))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,7 +194,7 @@ def _convert(args: argparse.Namespace, lock: RunLock, jobs: list[Job], identity:
         words = "training puts a neighbour in the place of each, content.json names all"
         line = f"warning: {len(bad):,} images cannot be decoded and were kept as they are ({named}): {words}"
         print(_plain(line), file=sys.stderr)
-    print(f"use it with data.path={os.path.realpath(out)}")
+    print(_plain(f"use it with data.path={os.path.realpath(out)}"))
 
 
 def pack(folder: Path, *options: str) -> Path:
@@ -206,20 +206,18 @@ def pack(folder: Path, *options: str) -> Path:
     Raises:
         RecipeError: they cannot be packed, or are not those that were packed.
     """
-    out = Path(f"{os.path.realpath(folder)}-parquet")
+    out = beside(folder)
     if before := begun(out):
         options = ("--resize", str(before["resize"])) if before.get("resize") else ()
     if not split_folders(folder):
         options += ("--val-share", str((before or {}).get("val_share", VAL_SHARE)))
     if not (packed := is_whole(out)):
-        print(hidden(f"packing the images of {folder} into {out}, once"), flush=True)
+        print(_plain(f"packing the images of {folder} into {out}, once"), flush=True)
     try:
-        with redirect_stdout(StringIO()) as said:
+        with redirect_stdout(StringIO()) if packed else nullcontext():  # then it only looks whether they still fit
             convert([str(folder), str(out), *options])
     except (RecipeError, Unfinished) as error:
         raise RecipeError(f"the images of {folder} cannot be packed beside it: {error}") from None
-    if not packed:  # else it has only looked whether they still fit
-        print(hidden(said.getvalue()), end="")
     return out
 
 

@@ -80,7 +80,12 @@ def packed_beside(folder: str) -> Path | None:
         return None
     files = (file for place in split_folders(top) or [top] for file in place.glob("*/*"))
     images = any(file.name.lower().endswith(ENDINGS) for file in files)
-    return Path(f"{os.path.realpath(top)}-parquet") if images else None
+    return beside(top) if images else None
+
+
+def beside(folder: Path) -> Path:
+    """FOLDER-parquet."""
+    return Path(f"{os.path.realpath(folder)}-parquet")
 
 
 def is_whole(out: Path) -> bool:

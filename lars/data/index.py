@@ -238,7 +238,8 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
             check_label_range(*group.labels, num_classes, names[number])
             classes.append(min(group.rows, group.labels[1] - group.labels[0] + 1))
     known = float(np.mean(classes)) if len(classes) == len(groups) else None
-    root = os.path.abspath(_folder(data)) if os.path.isdir(_folder(data)) else ""
+    folder = _folder(data)
+    root = os.path.abspath(folder) if os.path.isdir(folder) else ""
     file, group_in_file = (np.array([group[column] for group in groups]) for column in (0, 1))
     rows, spans, memory = (np.array([getattr(g, what) for *_, g in groups]) for what in ("rows", "span", "memory"))
     declared = _declared(root, names, described) if root else ()
