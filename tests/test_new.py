@@ -140,16 +140,17 @@ def test_what_a_new_user_does_wrong_first_is_a_line(
 
 @pytest.mark.parametrize("divided", [True, False])
 def test_a_folder_of_images_as_data_path_is_packed_once(
-    divided: bool, clone: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    divided: bool, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr("lars.recipe.refusal._names", {})
     folder = draw(tmp_path / "shapes", 10)
     if divided:
         draw(tmp_path / "divided/val", 2)
         folder = folder.rename(tmp_path / "divided/train").parent
     keys = (f"data.path={folder}", "model.num_classes=5", "global_batch=32", f"run_dir={tmp_path / 'run'}")
 
-    def checked() -> tuple[int, str]:
-        status = train.main(["--config", "recipes/starter/resnet18.yaml", "--check", *keys])
+    def checked(*more: str) -> tuple[int, str]:
+        status = train.main(["--config", "recipes/starter/resnet18.yaml", "--check", *keys, *more])
         return status, "".join(capfd.readouterr())
 
     status, said = checked()
@@ -163,6 +164,10 @@ def test_a_folder_of_images_as_data_path_is_packed_once(
     last.unlink()  # as if it had been stopped: it goes on, and never trains on a part
     status, said = checked()
     assert status == 0 and "packing" in said and last.read_bytes() == kept, said
+    monkeypatch.setenv("PICTURES", str(folder))
+    shutil.rmtree(last.parent)
+    status, said = checked("data.path=${oc.env:PICTURES}")  # its value stands in no message
+    assert status == 0 and "packing" in said and str(folder) not in said, said
     next(folder.rglob("cross/000.jpg")).unlink()
     status, said = checked()
     assert status == 2 and "was begun with images=" in said and "Traceback" not in said, said
