@@ -30,11 +30,6 @@ from lars.recipe.launched import Launched, uses_cpu, uses_deepspeed
 from lars.recipe.refusal import RecipeError
 
 
-def unwrapped_name(name: str) -> str:
-    """A state dict's name without the prefixes of DDP and torch.compile."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
 class Engine(ABC):
     """Forward and backward of a pass on this process's device, the same for every number of processes.
 
@@ -164,12 +159,12 @@ class Engine(ABC):
     def trust_ratios(self) -> dict[str, float]:
         """{parameter name: trust ratio in the last step}; all processes call it together, each may hold only a part."""
         applied = self.optimizer.applied_ratios()
-        named = {unwrapped_name(n): applied[p] for n, p in self.model.named_parameters() if p in applied}
+        named = {n: applied[p] for n, p in self.model.named_parameters() if p in applied}
         return {name: float(f"{ratio:.4g}") for part in gather_object([named]) for name, ratio in part.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict with whole float32 weights and plain names; all processes call it together."""
-        return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+        """The model's state dict with whole float32 weights; all processes call it together."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the weights: `momentum`, and their average if there is one."""
@@ -189,7 +184,7 @@ class Engine(ABC):
         After it a parameter that had no gradient yet has zeros, so that one that is missing is a fault.
         """
         state, key = self.optimizer.state, self.optimizer.state_key
-        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters() if state and p.requires_grad]
+        named = [(n, p) for n, p in self.model.named_parameters() if state and p.requires_grad]
         kinds = self.optimizer.state_tensors
         return {key(n, kind): state[p][kind] if p in state else torch.zeros_like(p) for n, p in named for kind in kinds}
 
@@ -197,7 +192,7 @@ class Engine(ABC):
         """The reverse of `momentum`."""
         for name, p in self.model.named_parameters():
             for kind in self.optimizer.state_tensors:
-                if (whole := saved.get(self.optimizer.state_key(unwrapped_name(name), kind))) is not None:
+                if (whole := saved.get(self.optimizer.state_key(name, kind))) is not None:
                     self.optimizer.state[p][kind] = self.like(p, whole)
 
     def like(self, parameter: Tensor, whole: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _target(axis: Axes) -> None:
 
 
 def final_loss(label: str) -> float:
-    """Mean training loss of a tuning run's last tenth: that of guessing, ln 10, if it diverged, nan if it was not run."""
+    """Mean training loss of a tuning run's last tenth; that of guessing if it diverged, nan if it was not run."""
     if not (found := design.result("tuning", label, FIXED["tuning_seed"])) or diverged(found):
         return math.nan if not found else math.log(10)
     run = RESULTS / "tuning" / label / f"seed-{FIXED['tuning_seed']}"
