@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lars.data.mix import group_size, mix
 from lars.engine.average import Average, named_in_checkpoint, parted
 from lars.exact.ghost_batchnorm import GhostBatchNorm2d
+from lars.exact.kernels import kernels
 from lars.exact.keyed import Purpose, mix64
 from lars.exact.reduction import OrderFreeSum
 from lars.optim import norms
@@ -84,6 +85,9 @@ class Engine(ABC):
         self.ghosts = ghosts
         self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
+        shades = torch.arange(256.0, device=self.device).expand(1, 3, 1, 256)
+        self.shades = shades.sub(self.mean).div_(self.std)  # what each byte of each channel becomes
+        self.kernels = kernels() if self.device.type == "cpu" else None
         if runtime.activation_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
@@ -115,7 +119,8 @@ class Engine(ABC):
         pixels, targets = self.pixels(images), labels.to(self.device, non_blocking=True)
         if group_size(self.recipe):
             pixels, targets = mix(pixels, targets, self.recipe, step, pass_index * len(labels))
-        logits = self.train_module(pixels.contiguous(memory_format=self.memory_format)).float()
+            pixels = pixels.contiguous(memory_format=self.memory_format)
+        logits = self.train_module(pixels).float()
         return F.cross_entropy(logits, targets, label_smoothing=self.recipe.augment.label_smoothing)
 
     def exchange(self, last: bool) -> AbstractContextManager:
@@ -201,11 +206,18 @@ class Engine(ABC):
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """float32 (n, num_classes) of uint8 images."""
-        return model(self.pixels(images).contiguous(memory_format=self.memory_format)).float()
+        return model(self.pixels(images)).float()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 images to the device, where they are normalised."""
-        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        """uint8 images (n, 3, size, size) to the device, where they are normalised, in the model's memory format."""
+        if self.kernels and images.is_contiguous(memory_format=torch.channels_last):
+            pixels = torch.empty(images.shape, memory_format=self.memory_format)
+            where = images.data_ptr(), self.shades.data_ptr(), pixels.data_ptr()
+            shape = len(images), images[0, 0].numel(), self.memory_format == torch.contiguous_format
+            self.kernels.lars_pixels(*where, *shape)
+            return pixels
+        pixels = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return pixels.contiguous(memory_format=self.memory_format)
 
     def statistics(self) -> Tensor:
         """The batch norms' sums over the last forward's groups, one float64 vector."""

@@ -18,5 +18,6 @@ def kernels() -> ctypes.CDLL | None:
             built = ctypes.CDLL(str(file))
             built.lars_add_pass.argtypes = *_MEMORY, ctypes.c_float, ctypes.c_float, ctypes.c_int32
             built.lars_mean.argtypes = *_MEMORY, ctypes.c_double
+            built.lars_pixels.argtypes = ctypes.c_void_p, *_MEMORY, ctypes.c_int64, ctypes.c_int32
             return built
     return None
