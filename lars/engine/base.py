@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lars.data.mix import group_size, mix
 from lars.engine.average import Average, named_in_checkpoint, parted
-from lars.exact.ghost_batchnorm import GhostBatchNorm2d
+from lars.exact.ghost_batchnorm import GhostBatchNorm2d, update_running
 from lars.exact.kernels import kernels
 from lars.exact.keyed import Purpose, mix64
 from lars.exact.reduction import OrderFreeSum
@@ -226,11 +226,8 @@ class Engine(ABC):
 
     def update_statistics(self, means: Tensor) -> None:
         """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
-        if not self.ghosts:
-            return
-        parts = means.to(self.device, non_blocking=True).split([2 * ghost.num_features for ghost in self.ghosts])
-        for ghost, part in zip(self.ghosts, parts):
-            ghost.update_running(*part.view(2, -1))
+        if self.ghosts:
+            update_running(self.ghosts, means.to(self.device, non_blocking=True))
 
 
 def _assert_processes(accelerator: Accelerator, launched: int) -> None:

@@ -57,12 +57,22 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.group_sums = sums
         return groups[0] if len(groups) == 1 else torch.cat(groups)
 
-    @torch.no_grad()
-    def update_running(self, mean: Tensor, variance: Tensor) -> None:
-        """One step of the running averages with the mean (C,) and variance (C,) of all groups of an optimizer step."""
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var), self.momentum)
-        self.num_batches_tracked += 1
+
+@torch.no_grad()
+def update_running(ghosts: list[GhostBatchNorm2d], means: Tensor) -> None:
+    """One step of the running averages.
+
+    Args:
+        means: of mean and unbiased variance over all groups of an optimizer step, one norm's C means and C variances
+            after the other's, on the averages' device.
+    """
+    averages = [average for ghost in ghosts for average in (ghost.running_mean, ghost.running_var)]
+    parts = means.to(averages[0].dtype).split([len(average) for average in averages])
+    momenta = [ghost.momentum for ghost in ghosts for _ in range(2)]
+    for momentum in set(momenta):  # as a rule there is one, and one call
+        those = [number for number, other in enumerate(momenta) if other == momentum]
+        torch._foreach_lerp_([averages[number] for number in those], [parts[number] for number in those], momentum)
+    torch._foreach_add_([ghost.num_batches_tracked for ghost in ghosts], 1)
 
 
 def convert(model: nn.Module, bn_group: int | None) -> list[GhostBatchNorm2d]:
