@@ -222,7 +222,7 @@ class Engine(ABC):
     def statistics(self) -> Tensor:
         """The batch norms' sums over the last forward's groups, one float64 vector."""
         sums = [ghost.group_sums.reshape(-1) for ghost in self.ghosts]
-        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+        return torch.cat(sums).double() if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def update_statistics(self, means: Tensor) -> None:
         """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
