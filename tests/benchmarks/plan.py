@@ -27,8 +27,9 @@ from lars.recipe import config
 from lars.recipe.model_file import import_model_file
 
 ROOT = Path(__file__).parents[2]
-MLPERF = {3264: 35, 13056: 45.3, 32768: 55.7, 49152: 68, 58880: 80.3, 64480: 87, 65536: 84}
-"""Epochs to 75.9 % by batch: reference convergence points of the mlperf-logging package (training 1.0.0 and 1.1.0)."""
+FFCV = {16: (11, 13, 14.9), 24: (17, 20, 21.7), 32: (23, 27, 28.7), 40: (29, 34, 35.6), 56: (41, 48, 49.4)}
+FFCV[88] = (65, 76, 77.2)
+"""Epochs: start and end of the growth of its images (rn50_configs of libffcv/ffcv-imagenet), minutes (its README)."""
 
 EFFICIENCY, PASSES, OPERATION = "device.efficiency", "device.memory_passes", "device.seconds_per_operation"
 TUNED = f"{PASSES}=12.6"  # fused layers of NVIDIA's MXNet and of XLA: fitted on NVIDIA's own 90 epochs on one A100
@@ -51,12 +52,9 @@ class Row:
     changes: list[str] = field(default_factory=list)
 
 
-def ffcv_size(epochs: int) -> float:
-    """Of its schedule: 160 pixels for 65/88 of the run, rising to 192 until 76/88, 192 after.
-
-    The schedule is that of its rn50 configurations, remembered.
-    """
-    sizes = [160 + 32 * min(1.0, max(0.0, (e * 88 / epochs - 65) / 11)) for e in range(epochs)]
+def ffcv_size() -> float:
+    """Of all its epochs: 160 pixels, from the middle of the growth on 192 (its multiples of 32; train_imagenet.py)."""
+    sizes = [192 if e >= (start + end) / 2 else 160 for e_all, (start, end, _) in FFCV.items() for e in range(e_all)]
     return math.sqrt(statistics.mean(s * s for s in sizes))
 
 
@@ -84,11 +82,19 @@ GROUP_KEY = {
 
 def rows() -> list[Row]:
     """Runs that others published."""
-    nvidia, mlperf3, mlperf1 = "NVIDIA DeepLearningExamples", "MLPerf training 3.0", "MLPerf training 1.0"
-    h100 = [(8, 13.466, 3264, ""), (64, 2.664, 13056, ""), (512, 0.509, 32768, ""), (768, 0.369, 49152, "")]
-    h100, knl512 = [*h100, (3584, 0.183, 58880, OPERATION)], ["devices=512"]
+    nvidia, mlperf3 = "NVIDIA DeepLearningExamples", "MLPerf training 3.0"
+    mlperf1, google1 = "MLPerf training 1.0, NVIDIA", "MLPerf training 1.0, Google"
+    # devices, minutes, batch and epochs to 75.9 % of the logs
+    h100 = [
+        (8, 13.466, 3200, 35, ""),
+        (64, 2.664, 3200, 35, ""),
+        (512, 0.509, 20480, 50, ""),
+        (768, 0.369, 32256, 56, ""),
+    ]
+    h100, knl512 = [*h100, (3584, 0.183, 57344, 77, OPERATION)], ["devices=512"]
+    a100 = [(8, minutes(28.7), 3264, 35), (64, 294.5, 13056, 45), (2480, 24, 64480, 86.1)]  # the last: batch inferred
+    tpu4 = [(64, 258, 8192, 42), (2048, 17.1, 32768, 60), (3456, 13.8, 55296, 78)]
     timm = 90 * 1_281_167 / 2600  # 2,600 images/s, as the seconds of 90 epochs
-    ffcv = [(16, 14.9), (24, 21.7), (32, 28.7), (40, 35.6), (56, 49.4), (88, 77.2)]
     return [
         Row("8 P100", "Goyal 2017", "dgx-1", minutes(29 * 60), 90, 256, 32, group=PASCAL, fitted=EFFICIENCY),
         Row("256 P100", "Goyal 2017", "p100-256", minutes(65), 90, 8192, 32, group=PASCAL),
@@ -153,14 +159,28 @@ def rows() -> list[Row]:
             changes=["devices=1"],
         ),
         Row("8 A100, MXNet", nvidia, "a100-8", 1.14 * 3600, 90, 4096, 512, wire=2, group=TUNED_GPU),
-        Row("2,480 A100", mlperf1, "a100-2480", 40, MLPERF[64480], 64480, 26, wire=2, group=TUNED_GPU),
+        *(
+            Row(
+                f"{n:,} A100",
+                mlperf1,
+                "a100-2480",
+                seconds,
+                epochs,
+                b,
+                b // n,
+                wire=2,
+                group=TUNED_GPU,
+                changes=[f"devices={n}"],
+            )
+            for n, seconds, b, epochs in a100
+        ),
         *(
             Row(
                 f"{n:,} H100",
                 mlperf3,
                 "h100-64",
                 minutes(m),
-                MLPERF[b],
+                epochs,
                 b,
                 b // n,
                 "resnet50",
@@ -170,10 +190,23 @@ def rows() -> list[Row]:
                 sets,
                 [f"devices={n}"],
             )
-            for n, m, b, sets in h100
+            for n, m, b, epochs, sets in h100
         ),
         Row("1,024 TPU v3", "Ying 2018", "tpu-v3-1024", minutes(2.2), 90, 32768, 32, group=TUNED_GPU),
-        Row("3,456 TPU v4", mlperf1, "tpu-v4-3456", 23, MLPERF[65536], 65536, 19, group=TUNED_GPU),
+        *(
+            Row(
+                f"{n:,} TPU v4",
+                google1,
+                "tpu-v4-3456",
+                seconds,
+                epochs,
+                b,
+                b // n,
+                group=TUNED_GPU,
+                changes=[f"devices={n}"],
+            )
+            for n, seconds, b, epochs in tpu4
+        ),
         Row(
             "one A100, timm",
             "timm issue 1491",
@@ -186,29 +219,30 @@ def rows() -> list[Row]:
             fitted=PASSES,
             changes=["devices=1"],
         ),
-        *(
-            Row(
-                f"8 A100, FFCV, {e} epochs",
-                "FFCV",
-                "a100-8",
-                minutes(m),
-                e,
-                1024,
-                128,
-                size=ffcv_size(e),
-                group=EAGER_GPU,
-            )
-            for e, m in ffcv
+        Row(
+            "8 A100, FFCV, its six runs",
+            "FFCV",
+            "a100-8",
+            minutes(sum(m for _, _, m in FFCV.values())),
+            sum(FFCV),
+            4096,
+            512,
+            "resnet50_blurpool",
+            ffcv_size(),
+            group=EAGER_GPU,
         ),
     ]
+
+
+SIZES = {"resnet50": 224, "resnet50_blurpool": 224, "alexnet_bn": 227}
 
 
 @lru_cache
 def counts_of(model: str) -> Counts:
     if model == "resnet50":
         return RESNET50
-    import_model_file(ROOT / "recipes/alexnet")
-    return count(create_model(model), 32, 227)
+    import_model_file(ROOT / "recipes" / model.split("_")[0])
+    return count(create_model(model), 32, SIZES[model])
 
 
 def predicted(row: Row, changes: tuple[str, ...] = ()) -> float:
@@ -218,7 +252,7 @@ def predicted(row: Row, changes: tuple[str, ...] = ()) -> float:
     cluster = load_cluster(ROOT / f"launch/clusters/{row.cluster}.yaml", [*tuned, *eager, *row.changes, *changes])
     counts = counts_of(row.model)
     # the same convolutions on images of another size: flops and kept bytes follow the pixels
-    pixels = (row.size / (224 if row.model == "resnet50" else 227)) ** 2
+    pixels = (row.size / SIZES[row.model]) ** 2
     counts = replace(counts, flops=counts.flops * pixels, kept_bytes=counts.kept_bytes * pixels)
     work = Work(counts, counts, 0, row.batch, row.micro, "bf16", False, row.wire, 0.0)
     return row.epochs * 1_281_167 / row.batch * step_of(work, cluster).seconds
