@@ -150,7 +150,7 @@ def test_every_cluster_loads_and_each_of_its_numbers_has_a_source(path: Path) ->
 def test_mistakes_in_a_cluster_are_one_line(tmp_path: Path) -> None:
     text = (ROOT / "launch/clusters/h100-8.yaml").read_text()
     for wrong, right, said in (
-        ("  efficency: 0.415", "  efficiency: 0.415", "unknown key 'device.efficency'; did you mean 'device.efficiency'?"),
+        ("  efficency: 1", "  efficiency: 0.415", "unknown key 'device.efficency'; did you mean 'device.efficiency'?"),
         ("", "devices: 8  # datasheet\nlaunch", "lacks devices, launch"),
         ("  memory_bytes: much", "  memory_bytes: 80000000000", "device.memory_bytes"),
         ("  cores: 0", "  cores: 112", "node.cores=0 must be positive"),
