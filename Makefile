@@ -14,7 +14,7 @@ help:  ## this list
 
 setup: $(SETUP)  ## make .venv with the exact versions of requirements.txt
 
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: requirements.txt pyproject.toml lars/exact/kernels.c
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -56,7 +56,7 @@ launchers: $(SETUP)  ## one hash under every launcher and on emulated CPUs (qemu
 scale: $(SETUP)  ## what processes tell each other, counted at 2 to 32 and simulated up to 2,048; writes docs/clusters.md's table
 	$(PYTHON) -m tests.distributed.scale
 
-study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with SGD and LARS, hours; trains what the ledger lacks, FRESH=1 all
+study: $(SETUP)  ## CIFAR-10 at batch 256 to 16,384 with four optimizers, hours; trains what the ledger lacks, FRESH=1 all
 	$(PYTHON) recipes/study/study.py $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh) $(ARGS)
 
 tables: $(SETUP)  ## write the READMEs' tables and the study's figures from recipes, the plan and committed results
@@ -85,7 +85,7 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m tests.benchmarks.portable --json > tests/benchmarks/portable.json
 	$(PYTHON) -m tests.benchmarks.content --json > tests/benchmarks/content.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json
-	$(PYTHON) -m tests.benchmarks.wall_clock --json > tests/benchmarks/wall_clock.json
+	$(PYTHON) -m tests.benchmarks.wire --json > tests/benchmarks/wire.json
 	$(PYTHON) -m tests.benchmarks.step --json > tests/benchmarks/step.json
 	$(PYTHON) -m tests.benchmarks.end_to_end --json > tests/benchmarks/end_to_end.json
 	$(PYTHON) -m tests.benchmarks.page

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from lars.recipe import command_line, config
-from lars.recipe.model_file import import_model_file
 
 command_line.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
 
@@ -263,7 +262,6 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = launched = checked = refused = training = None
     try:
         try:
-            import_model_file(args.config.parent)  # it may bring a model, or an optimizer with keys of its own
             recipe = config.load(args.config, args.overrides)
             launched = Launched.read(recipe)
             processes = launched.processes if args.processes is None else args.processes

@@ -7,16 +7,20 @@ import logging
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lars.engine.base import Engine
 from lars.recipe.keys import Checkpoint
 from lars.recipe.refusal import RecipeError
 from lars.run.checkpoint import State, aliases, claims, load_weights, read, saved
 from lars.run.checkpoint_writer import CheckpointWriter
+from lars.run.folder import weights_sha256
 from lars.run.peers import Peers
 from lars.run.resume import Found, newest_checkpoint
 
@@ -35,6 +39,19 @@ def write(run: Path, *steps: int, keep: int = 2) -> None:
     for step in steps:
         writer.save(state(step), {"w": torch.full((300,), float(step))}, {"w": torch.full((300,), -float(step))})
     writer.wait()
+
+
+def test_weights_keep_the_names_that_the_model_gives_them() -> None:
+    """Wrappers put `module.` before names; a part of the model may be called so as well."""
+
+    class Model(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.module = nn.Linear(2, 2)
+
+    model = Model()
+    assert list(Engine.weights(cast(Engine, SimpleNamespace(model=model)))) == list(model.state_dict())
+    assert weights_sha256({"module.weight": torch.ones(1)}) != weights_sha256({"weight": torch.ones(1)})
 
 
 def test_keeps_the_newest_and_names_it(tmp_path: Path) -> None:

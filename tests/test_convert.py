@@ -391,14 +391,20 @@ def test_resized_images_train_and_have_their_own_fingerprint(tmp_path: Path, cap
     batches.close()
 
 
-def test_killed_and_restarted_gives_the_same_bytes(folder: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_and_restarted_gives_the_same_bytes(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     options = ["--file-mb", "2", "--resize", "50"]
     assert main([str(folder), str(tmp_path / "straight"), *options]) == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "lars.commands.convert", str(folder), str(out), *options, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    command = [sys.executable, "-m", "lars", "convert", str(folder), str(out), *options, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(content(out)) >= 1 and any(out.glob(".convert/*.tmp")))
-    kill(process.pid, process.wait)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+        assert "stopped; start the same command again to go on\n" in process.communicate()[1]
+        assert process.returncode == 75
+    else:
+        kill(process.pid, process.wait)
     done = {p: p.stat().st_mtime_ns for p in out.glob("*.parquet")}
     assert 0 < len(done) < 4
     assert main([str(folder), str(out), *options]) == 0

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from lars.exact.ghost_batchnorm import GhostBatchNorm2d, convert
+from lars.exact.ghost_batchnorm import GhostBatchNorm2d, convert, update_running
 
 
 def test_each_group_is_normalised_by_itself() -> None:
@@ -28,7 +28,9 @@ def test_each_group_is_normalised_by_itself() -> None:
     off = 7 * 2.0**-24 * torch.stack([sum(s.sqrt() for s in squares), sum(2 * s for s in squares)])
     assert ((ghost.group_sums - torch.stack([sum(means), sum(variances)])).abs() <= off).all()
     assert torch.equal(ghost.running_mean, torch.zeros(5))  # a forward moves nothing
-    ghost.update_running(*(ghost.group_sums / 3))
+    other = GhostBatchNorm2d(nn.BatchNorm2d(2, momentum=0.5), 4)  # none of its two channels is like another
+    update_running([other, ghost], torch.cat([torch.tensor([1.0, 2.0, 3.0, 5.0]), ghost.group_sums.reshape(-1) / 3]))
+    assert (other.running_mean.tolist(), other.running_var.tolist()) == ([0.5, 1.0], [2.0, 3.0])
     running = (ghost.running_mean, 0.1 * sum(means) / 3), (ghost.running_var, 0.9 + 0.1 * sum(variances) / 3)
     for (ours, exact), error in zip(running, off):
         # what is averaged in, and three roundings of the running average (0.1 itself, product, sum)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import DEMO, ROOT
 
 from lars.engine.build import build_model
-from lars.engine.memory import activation_bytes, memory_line
+from lars.engine.memory import activation_bytes, memory_of
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 
@@ -37,17 +38,18 @@ def test_the_line_says_what_the_keys_change() -> None:
     lines = {}
     for key in ("seed=0", "precision=bf16", "runtime.activation_checkpointing=true", "runtime.micro_batch=64"):
         recipe = config.load(DEMO / "resnet50.yaml", [key])
-        lines[key] = memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
+        lines[key], needed = memory_of(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
+        assert round(needed / 2**20) == pytest.approx(sum(map(int, re.findall(r"(\d+) MiB", lines[key]))), abs=1)
     mib = {key: int(line.split(" + ")[1].split()[0]) for key, line in lines.items()}
     assert "9 MiB of state (24 bytes x 387,306 weights)" in lines["seed=0"]
     # whole MiB: half of one in the larger figure and one in twice the smaller are less than two
     assert mib["runtime.micro_batch=64"] == pytest.approx(2 * mib["seed=0"], abs=1)
     assert mib["precision=bf16"] < mib["seed=0"] and mib["runtime.activation_checkpointing=true"] < mib["seed=0"]
     recipe = config.load(DEMO / "resnet50.yaml", ["runtime.deterministic=false"])
-    assert "(12 bytes x" in memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
-    assert "zero2's share of the state" in memory_line(
-        build_model(recipe)[0], recipe, BatchPlan.of(recipe, 10_007, 2), "zero2"
-    )
+    plan = BatchPlan.of(recipe, 10_007, 2)
+    assert "(12 bytes x" in memory_of(build_model(recipe)[0], recipe, plan, "plain")[0]
+    line, needed = memory_of(build_model(recipe)[0], recipe, plan, "zero2")
+    assert "zero2's share of the state" in line and needed == 0
 
 
 def test_a_model_that_looks_at_its_numbers_is_not_refused() -> None:
@@ -57,15 +59,14 @@ def test_a_model_that_looks_at_its_numbers_is_not_refused() -> None:
             return logits if logits.sum().item() > 0 else -logits
 
     recipe = config.load(DEMO / "resnet50.yaml", [])
-    assert "could not be counted" in memory_line(Looks(3, 10), recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
+    line, needed = memory_of(Looks(3, 10), recipe, BatchPlan.of(recipe, 10_007, 2), "plain")
+    assert "could not be counted" in line and needed == 0
 
 
 def test_the_readme_shows_the_line_of_resnet_50() -> None:
     recipe = config.load(ROOT / "recipes/resnet50/lars-b32k-90ep.yaml", ["runtime.micro_batch=256"])
-    assert (
-        memory_line(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 1_281_167, 8), "plain")
-        in (ROOT / "docs/start-up.md").read_text()
-    )
+    line, _ = memory_of(build_model(recipe)[0], recipe, BatchPlan.of(recipe, 1_281_167, 8), "plain")
+    assert line in (ROOT / "docs/start-up.md").read_text()
 
 
 def test_measured_processes_take_what_the_line_says_whatever_the_number_of_passes() -> None:

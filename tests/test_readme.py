@@ -18,7 +18,7 @@ from lars.__main__ import VERBS
 from lars.recipe import config
 from lars.recipe.keys import declared, neutral
 
-RECIPES = sorted(file for file in (ROOT / "recipes").glob("*/*.yaml") if file.name != "grid.yaml")  # the study's design
+RECIPES = sorted(file for file in (ROOT / "recipes").glob("*/*.yaml") if file.name != "design.yaml")  # the study's
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "lars/data/README.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )

@@ -22,18 +22,16 @@ from lars.commands import gpu, trials
 from lars.commands.preflight import Preflight, can_be_written, check_room, preflight
 from lars.commands.reproduce import launch_file, processes_of
 from lars.commands.roll_call import RollCall
-from lars.data.index import Index, build_indexes, check_hub, fingerprint, on_the_hub, on_this_node
+from lars.data.index import Index, build_indexes, check_hub, fingerprint, on_the_hub
 from lars.data.loader import workers_of
-from lars.data.reader import check_memory
 from lars.data.source import DataError
 from lars.engine.build import build_model
-from lars.engine.memory import pass_bytes, state_bytes
 from lars.exact import portable
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.launched import Launched, cores_here, environment_of, process_count, uses_cpu
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError
+from lars.run.agreement import here
 from lars.run.peers import Peers
 from lars.run.sources import environment, sources, versions
 
@@ -82,9 +80,8 @@ class Checkup:
 
     def recipe_and_machine(self, file: Path, overrides: list[str], launch: str | None) -> None:
         """Recipe, launch file, sources, versions, machine, threads and open files."""
-        self.tried(import_model_file, file.parent)
-        self.facts |= {"versions": versions(), "sources": sources(file) if file.is_file() else {}}
         self.recipe = self.tried(config.load, file, overrides)
+        self.facts |= {"versions": versions(), "sources": sources(file) if file.is_file() else {}}
         self.seen["versions"] = ", ".join(f"{name} {self.facts['versions'].get(name)}" for name in ("torch", "timm"))
         self._open_files()
         if self.recipe is None:
@@ -156,7 +153,8 @@ class Checkup:
             self.checked = self.tried(preflight, recipe, self.launched.engine, self.launched.processes)
         if self.checked:
             self.seen["data"] = f"fingerprint {fingerprint(self.checked.train, self.checked.val)[:12]}"
-            self._memory_needed(self.checked)
+            self.seen["memory"] = self.checked.memory.splitlines()[0].removeprefix("memory a process: ")
+            self.needed = self.checked.needed
         elif may_read and (self.roll.speaks or not hub and "://" not in str(place)):
             self.tried(build_indexes, recipe.data, recipe.model.num_classes)
         if self.roll.speaks and not self.checked and (model := self.tried(build_model, recipe)):
@@ -173,18 +171,6 @@ class Checkup:
             return
         self.seen[f"{row}, free"] = [free / 2**30, "GiB"]
         self.seen[f"{row}, writes"] = [speed / 2**20, "MiB/s"]
-
-    def _memory_needed(self, checked: Preflight) -> None:
-        self.seen["memory"] = checked.memory.splitlines()[0].removeprefix("memory a process: ")
-        if self.launched is None or self.launched.engine != "plain":
-            return
-        model, _ = build_model(self.recipe)
-        weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        try:
-            self.needed = state_bytes(self.recipe, checked.plan.processes) * weights
-            self.needed += pass_bytes(model, self.recipe, checked.plan)
-        except Exception:  # a model whose activations cannot be counted, of which the line tells
-            self.needed = 0.0
 
     # --- with the others
 
@@ -204,16 +190,11 @@ class Checkup:
         checked: Preflight | None = peers.broadcast(self.checked)
         if checked is None:
             return
-        indexes = [self.tried(self._here, peers, index) for index in (checked.train, checked.val)]
+        indexes = [self.tried(here, peers, index, self.recipe.data) for index in (checked.train, checked.val)]
         if all(peers.gather(None not in indexes)):
             self._row_groups([index for index in indexes if index])
             peers.gather(None)
             self._loader(peers, indexes[0], checked.plan)
-
-    def _here(self, peers: Peers, index: Index) -> Index:
-        found = index if peers.rank == 0 else on_this_node(index, self.recipe.data, verify=peers.leads_node)
-        check_memory(found)
-        return found
 
     def _network(self) -> None:
         backend = dist.get_backend()

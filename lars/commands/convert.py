@@ -256,6 +256,7 @@ def convert(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to stop it is a Ctrl-C, too
     try:
         convert(arguments)
     except (RecipeError, Unfinished) as error:
@@ -265,8 +266,3 @@ def main(arguments: list[str] | None = None) -> int:
         print("convert: stopped; start the same command again to go on", file=sys.stderr)
         return 75
     return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())

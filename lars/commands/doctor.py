@@ -197,7 +197,3 @@ def _limited(seconds: float, roll: RollCall, what: str, action: Callable[..., An
         return action(*arguments)
     finally:
         timer.cancel()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

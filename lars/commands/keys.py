@@ -18,7 +18,6 @@ from rich.table import Table
 from lars.optim.key import CORE
 from lars.recipe import config
 from lars.recipe.keys import all_declared, declared, neutral
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run.progress import stdout
 
@@ -39,7 +38,6 @@ def main() -> int:
     parser.add_argument("recipe", type=Path, nargs="?")
     args = parser.parse_args()
     if args.recipe:
-        import_model_file(args.recipe.parent)
         known = declared(type(config.load(args.recipe, []).optimizer))
     else:
         known = all_declared()

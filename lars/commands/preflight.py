@@ -18,7 +18,7 @@ from lars.data.index import Index, build_indexes
 from lars.data.loader import data_line
 from lars.data.reader import check_memory
 from lars.engine.build import build_model, build_optimizer, sums_order_free
-from lars.engine.memory import memory_line
+from lars.engine.memory import memory_of
 from lars.exact.kernels import kernels
 from lars.recipe import pretrained
 from lars.recipe.batch import BatchPlan
@@ -33,12 +33,16 @@ log = logging.getLogger("lars")
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run is about to be: both splits, the arithmetic of its batches, and a line each on memory and data."""
+    """What a run is about to be: both splits, the arithmetic of its batches, and a line each on memory and data.
+
+    needed: bytes of memory of a process, 0 where they are not known.
+    """
 
     train: Index
     val: Index
     plan: BatchPlan
     memory: str
+    needed: float
 
 
 def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
@@ -74,7 +78,8 @@ def preflight(recipe: Recipe, engine: str, processes: int) -> Preflight:
     plan = BatchPlan.of(recipe, train.samples, processes, even)
     build_optimizer(recipe, model := build_model(recipe)[0])
     check_room(Path(recipe.run_dir), recipe.checkpoint, model)
-    return Preflight(train, val, plan, f"{memory_line(model, recipe, plan, engine)}\n{data_line(recipe, train, plan)}")
+    memory, needed = memory_of(model, recipe, plan, engine)
+    return Preflight(train, val, plan, f"{memory}\n{data_line(recipe, train, plan)}", needed)
 
 
 def can_be_written(run: Path) -> None:

@@ -25,7 +25,7 @@ from lars.recipe import config
 from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run.folder import write_atomically
-from lars.run.reading import read_result
+from lars.run.reading import read_lines, read_result
 from lars.run.sources import source_sha256, sources
 
 _FOLDER = Path("runs/prove")
@@ -57,12 +57,6 @@ def _kill_a_rank(launcher: subprocess.Popen, metrics: Path, step: int) -> None:
                 random.choice(ranks).kill()
                 return
         time.sleep(0.02)
-
-
-def last_step(run: Path) -> int:
-    """The last whole line of metrics.jsonl; the kill may have cut off the one after it."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return json.loads([line for line in lines if line.endswith("\n")][-1])["step"]
 
 
 def committed_file(recipe: Path) -> Path:
@@ -107,7 +101,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--commit", action="store_true", help="write the hash to results/prove.json beside the recipe")
     args = parser.parse_args()
-    import_model_file(args.recipe.parent)
     config.load(args.recipe, ["runtime.portable=true"])
     shutil.rmtree(_FOLDER, ignore_errors=True)
     _FOLDER.mkdir(parents=True)
@@ -124,7 +117,7 @@ def main() -> int:
     if read_result(run).get("status") in ("finished", None):
         print(f"error: the run ended before it could be killed, see {run}.log", file=sys.stderr)
         return 1
-    reached = last_step(run)
+    reached = read_lines(run / "metrics.jsonl")[-1]["step"]
     if "resuming after step" not in play(args.recipe, 2, args.steps, run):
         print(f"error: the killed run did not resume, see {run}.log", file=sys.stderr)
         return 1

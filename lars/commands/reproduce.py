@@ -22,7 +22,6 @@ import yaml
 
 from lars.recipe import config
 from lars.recipe.launched import environment_of
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import report
 from lars.run.folder import set_aside
@@ -97,7 +96,6 @@ def reproduce(
     check = [*train, "--check", "--processes", str(processes), *overrides]
     if subprocess.run(check, env={**os.environ, **environment_of(launch)}).returncode:
         raise RecipeError(f"{recipe} was not started")
-    import_model_file(recipe.parent)
     run = Path(config.load(recipe, overrides).run_dir)
     prepare_folder(run, recipe, fresh, say)
     command = launch_command(launch, processes, recipe, overrides)

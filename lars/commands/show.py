@@ -21,7 +21,6 @@ from lars.data.index import Index, build_indexes
 from lars.data.source import DataError, Source
 from lars.recipe import config
 from lars.recipe.keys import Recipe
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.recipe.schedule import training_size, training_sizes
 
@@ -74,7 +73,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    import_model_file(args.recipe.parent)
     recipe = config.load(args.recipe, args.overrides)
     (train,) = build_indexes(recipe.data, recipe.model.num_classes, (recipe.data.train_split,))
     names, out = class_names(recipe.data), args.out or Path("runs/show") / f"{recipe.name}.png"

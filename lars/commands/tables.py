@@ -19,7 +19,6 @@ from lars.plan.plan import make_plan, with_devices
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import committed_top1
 
@@ -82,7 +81,6 @@ def published_text(row: dict) -> str:
 
 def recipes_of(folder: Path) -> list[Recipe]:
     """All recipes of a folder, SGD first, then by whose they are, then by batch."""
-    import_model_file(folder)
     loaded = [config.load(file, []) for file in sorted(folder.glob("*.yaml"))]
     return sorted(loaded, key=lambda r: (_ORDER.index(Path(r.name).name.split("-")[0]), r.global_batch, r.name))
 
@@ -119,7 +117,6 @@ def results_table() -> str:
     rows = []
     for name, remark in IN_THE_README.items():
         folder, stem = name.split("/")
-        import_model_file(Path("recipes", folder))
         recipe, results = config.load(f"recipes/{name}.yaml", []), committed_top1(name)
         row = published.get(name, {})
         said = f"{row['top1']} ({row['source']})" if row else ""

@@ -29,7 +29,6 @@ from lars.optim.key import CORE
 from lars.optim.registry import optimizers
 from lars.recipe import config
 from lars.recipe.keys import Runtime, declared, neutral
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import committed_top1, expected_interval
 from lars.run.reading import RECIPES, flatten_run, is_name, read_lines, read_result
@@ -57,7 +56,6 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
         raise RecipeError(
             f"{run} has no config.yaml: give a run folder, or a committed recipes/<model>/results/<what>/seed-<n>"
         )
-    import_model_file(recipe_file.parent)
     recipe, known = config.flatten(config.load(recipe_file, [])), optimizers()
     entry = known.get(str(ran.get("optimizer.name"))) or known[recipe["optimizer.name"]]
     overrides = []

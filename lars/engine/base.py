@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lars.data.mix import group_size, mix
 from lars.engine.average import Average, named_in_checkpoint, parted
-from lars.exact.ghost_batchnorm import GhostBatchNorm2d
+from lars.exact.ghost_batchnorm import GhostBatchNorm2d, update_running
+from lars.exact.kernels import kernels
 from lars.exact.keyed import Purpose, mix64
 from lars.exact.reduction import OrderFreeSum
 from lars.optim import norms
@@ -28,11 +29,6 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Launched, uses_cpu, uses_deepspeed
 from lars.recipe.refusal import RecipeError
-
-
-def unwrapped_name(name: str) -> str:
-    """A state dict's name without the prefixes of DDP and torch.compile."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 class Engine(ABC):
@@ -89,6 +85,9 @@ class Engine(ABC):
         self.ghosts = ghosts
         self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
+        shades = torch.arange(256.0, device=self.device).expand(1, 3, 1, 256)
+        self.shades = shades.sub(self.mean).div_(self.std)  # what each byte of each channel becomes
+        self.kernels = kernels() if self.device.type == "cpu" else None
         if runtime.activation_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise RecipeError(f"model.name={self.recipe.model.name} has no activation checkpointing in timm")
@@ -120,7 +119,8 @@ class Engine(ABC):
         pixels, targets = self.pixels(images), labels.to(self.device, non_blocking=True)
         if group_size(self.recipe):
             pixels, targets = mix(pixels, targets, self.recipe, step, pass_index * len(labels))
-        logits = self.train_module(pixels.contiguous(memory_format=self.memory_format)).float()
+            pixels = pixels.contiguous(memory_format=self.memory_format)
+        logits = self.train_module(pixels).float()
         return F.cross_entropy(logits, targets, label_smoothing=self.recipe.augment.label_smoothing)
 
     def exchange(self, last: bool) -> AbstractContextManager:
@@ -164,12 +164,12 @@ class Engine(ABC):
     def trust_ratios(self) -> dict[str, float]:
         """{parameter name: trust ratio in the last step}; all processes call it together, each may hold only a part."""
         applied = self.optimizer.applied_ratios()
-        named = {unwrapped_name(n): applied[p] for n, p in self.model.named_parameters() if p in applied}
+        named = {n: applied[p] for n, p in self.model.named_parameters() if p in applied}
         return {name: float(f"{ratio:.4g}") for part in gather_object([named]) for name, ratio in part.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict with whole float32 weights and plain names; all processes call it together."""
-        return {unwrapped_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+        """The model's state dict with whole float32 weights; all processes call it together."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the weights: `momentum`, and their average if there is one."""
@@ -189,7 +189,7 @@ class Engine(ABC):
         After it a parameter that had no gradient yet has zeros, so that one that is missing is a fault.
         """
         state, key = self.optimizer.state, self.optimizer.state_key
-        named = [(unwrapped_name(n), p) for n, p in self.model.named_parameters() if state and p.requires_grad]
+        named = [(n, p) for n, p in self.model.named_parameters() if state and p.requires_grad]
         kinds = self.optimizer.state_tensors
         return {key(n, kind): state[p][kind] if p in state else torch.zeros_like(p) for n, p in named for kind in kinds}
 
@@ -197,7 +197,7 @@ class Engine(ABC):
         """The reverse of `momentum`."""
         for name, p in self.model.named_parameters():
             for kind in self.optimizer.state_tensors:
-                if (whole := saved.get(self.optimizer.state_key(unwrapped_name(name), kind))) is not None:
+                if (whole := saved.get(self.optimizer.state_key(name, kind))) is not None:
                     self.optimizer.state[p][kind] = self.like(p, whole)
 
     def like(self, parameter: Tensor, whole: Tensor) -> Tensor:
@@ -206,24 +206,28 @@ class Engine(ABC):
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """float32 (n, num_classes) of uint8 images."""
-        return model(self.pixels(images).contiguous(memory_format=self.memory_format)).float()
+        return model(self.pixels(images)).float()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 images to the device, where they are normalised."""
-        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        """uint8 images (n, 3, size, size) to the device, where they are normalised, in the model's memory format."""
+        if self.kernels and images.is_contiguous(memory_format=torch.channels_last):
+            pixels = torch.empty(images.shape, memory_format=self.memory_format)
+            where = images.data_ptr(), self.shades.data_ptr(), pixels.data_ptr()
+            shape = len(images), images[0, 0].numel(), self.memory_format == torch.contiguous_format
+            self.kernels.lars_pixels(*where, *shape)
+            return pixels
+        pixels = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return pixels.contiguous(memory_format=self.memory_format)
 
     def statistics(self) -> Tensor:
         """The batch norms' sums over the last forward's groups, one float64 vector."""
         sums = [ghost.group_sums.reshape(-1) for ghost in self.ghosts]
-        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+        return torch.cat(sums).double() if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def update_statistics(self, means: Tensor) -> None:
         """Running averages of all batch norms from the step's mean statistics, laid out as in `statistics`."""
-        if not self.ghosts:
-            return
-        parts = means.to(self.device, non_blocking=True).split([2 * ghost.num_features for ghost in self.ghosts])
-        for ghost, part in zip(self.ghosts, parts):
-            ghost.update_running(*part.view(2, -1))
+        if self.ghosts:
+            update_running(self.ghosts, means.to(self.device, non_blocking=True))
 
 
 def _assert_processes(accelerator: Accelerator, launched: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from lars.engine.base import Engine, unwrapped_name
+from lars.engine.base import Engine
 from lars.optim.base import Optimizer
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
@@ -84,7 +84,7 @@ class DeepSpeed(Engine):
         whole = {}
         for name, tensor in state.items():
             shape = getattr(tensor, "ds_shape", tensor.shape)
-            whole[unwrapped_name(name)] = masters[tensor].view(shape) if tensor in masters else tensor.detach()
+            whole[name] = masters[tensor].view(shape) if tensor in masters else tensor.detach()
         return whole
 
     def _gathered(self) -> dict[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class DeepSpeed(Engine):
         state, whole = self.optimizer.state, {}
         if not any(state.values()):
             return {}
-        names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
+        names = {p: name for name, p in self.model.named_parameters()}
         for kind in self.optimizer.state_tensors:
             for p, flat in self.optimizer.layout.gather(lambda tensor, kind=kind: state[tensor][kind]):
                 whole[self.optimizer.state_key(names[p], kind)] = flat.view(getattr(p, "ds_shape", p.shape))
@@ -116,7 +116,7 @@ class DeepSpeed(Engine):
             self.whole = {}
         if self.stage == 0 or not saved:
             return super().load_momentum(saved)
-        names = {p: unwrapped_name(name) for name, p in self.model.named_parameters()}
+        names = {p: name for name, p in self.model.named_parameters()}
         for kind in self.optimizer.state_tensors:
             for tensor in layout.pieces:
                 state[tensor][kind] = torch.zeros_like(tensor)

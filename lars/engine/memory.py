@@ -72,16 +72,20 @@ def pass_bytes(model: nn.Module, recipe: Recipe, plan: BatchPlan) -> float:
     return kept_in(recipe.precision, max(counted[size] for size in training_sizes(recipe)))
 
 
-def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) -> str:
-    """State and activations of a process, in MiB; `model` is a plain one on the CPU that is not used for anything else.
+def memory_of(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) -> tuple[str, float]:
+    """What a process needs: a line with state and activations in MiB, and bytes, 0 where they are not known.
+
+    Args:
+        model: a plain one on the CPU that is not used for anything else.
 
     Raises:
         RecipeError: the model cannot be trained on the recipe's images.
     """
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    activations, needed = 0.0, 0.0
     try:
-        activations = pass_bytes(model, recipe, plan) / 2**20
-        one_pass = f"{activations:,.0f} MiB of activations (one pass, however many there are)"
+        activations = pass_bytes(model, recipe, plan)
+        one_pass = f"{activations / 2**20:,.0f} MiB of activations (one pass, however many there are)"
     except Exception as error:  # a model that looks at its numbers, or one that cannot take these images
         _play(model, recipe)
         one_pass = f"the activations of one pass, which could not be counted ({one_line(error)})"
@@ -89,7 +93,8 @@ def memory_line(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) 
     if engine == "plain":
         each = state_bytes(recipe, plan.processes)
         state = f"{each * elements / 2**20:,.0f} MiB of state ({each} bytes x {elements:,} weights)"
-    return f"memory a process: {state} + {one_pass}"
+        needed = each * elements + activations if activations else 0.0
+    return f"memory a process: {state} + {one_pass}", needed
 
 
 def _play(model: nn.Module, recipe: Recipe) -> None:

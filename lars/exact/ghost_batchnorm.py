@@ -29,17 +29,20 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         # timm's BatchNormAct2d is a batch norm that ends in a dropout and an activation
         self.drop = getattr(norm, "drop", None)
         self.act = getattr(norm, "act", None)
-        self.group_sums: Tensor | None = None  # (2, C): sums over this forward's groups of mean and unbiased variance
+        # (2, C): sums over this forward's groups of mean and unbiased variance, float64 if there is more than one
+        self.group_sums: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        mean = self.running_mean
         # DeepSpeed's bf16 section leaves float32 statistics beside bf16 weights, which torch does not mix.
-        affine: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.affine:
-            affine = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        if weight is not None and bias is not None and weight.dtype != mean.dtype:
+            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
         if self.training:
-            x = self._normalise(x, *affine)
+            x = self._normalise(x, weight, bias)
         else:
-            x = F.batch_norm(x, self.running_mean, self.running_var, *affine, False, 0.0, self.eps)
+            x = F.batch_norm(x, mean, self.running_var, weight, bias, False, 0.0, self.eps)
         for module in (self.drop, self.act):
             x = x if module is None else module(x)
         return x
@@ -51,18 +54,29 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         for group in (x,) if len(x) == self.bn_group else x.split(self.bn_group):
             # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
             statistics = self.running_mean.new_zeros(2, self.num_features)
-            groups.append(F.batch_norm(group, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps))
-            sums = statistics.double() if sums is None else sums + statistics
+            mean, variance = statistics.unbind()
+            groups.append(F.batch_norm(group, mean, variance, weight, bias, True, 1.0, self.eps))
+            sums = statistics if sums is None else sums.double() + statistics
         # Assigned, not added: activation checkpointing runs the forward again during backward.
         self.group_sums = sums
         return groups[0] if len(groups) == 1 else torch.cat(groups)
 
-    @torch.no_grad()
-    def update_running(self, mean: Tensor, variance: Tensor) -> None:
-        """One step of the running averages with the mean (C,) and variance (C,) of all groups of an optimizer step."""
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var), self.momentum)
-        self.num_batches_tracked += 1
+
+@torch.no_grad()
+def update_running(ghosts: list[GhostBatchNorm2d], means: Tensor) -> None:
+    """One step of the running averages.
+
+    Args:
+        means: of mean and unbiased variance over all groups of an optimizer step, one norm's C means and C variances
+            after the other's, on the averages' device.
+    """
+    averages = [average for ghost in ghosts for average in (ghost.running_mean, ghost.running_var)]
+    parts = means.to(averages[0].dtype).split([len(average) for average in averages])
+    momenta = [ghost.momentum for ghost in ghosts for _ in range(2)]
+    for momentum in set(momenta):  # as a rule there is one, and one call
+        those = [number for number, other in enumerate(momenta) if other == momentum]
+        torch._foreach_lerp_([averages[number] for number in those], [parts[number] for number in those], momentum)
+    torch._foreach_add_([ghost.num_batches_tracked for ghost in ghosts], 1)
 
 
 def convert(model: nn.Module, bn_group: int | None) -> list[GhostBatchNorm2d]:

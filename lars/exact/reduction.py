@@ -12,13 +12,14 @@ is counted under its parameter's name and never enters a step.
 from __future__ import annotations
 
 import math
+from ctypes import CDLL
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lars.exact.kernels import Kernels, kernels
+from lars.exact.kernels import kernels
 
 RANGE_BITS = 14  # |gradient element of one pass| < 16,384
 _BAD = 1 << 32  # a parameter's count: passes that had a gradient, plus this for each that was out of range
@@ -81,12 +82,13 @@ class OrderFreeSum:
         for p in self.parameters:
             p.grad = None
 
-    def _add_with(self, kernels: Kernels, grads: list[Tensor]) -> bool:
+    def _add_with(self, kernels: CDLL, grads: list[Tensor]) -> bool:
         """Add to `gradients`, or store there; False if an element is out of range."""
-        fits, how = True, (self.scale, 2.0**RANGE_BITS, not self.begun)
+        bad, how = 0, (self.scale, 2.0**RANGE_BITS, not self.begun)
         for g, total in zip(grads, self.gradients.split([g.numel() for g in grads])):
-            fits &= kernels.add_pass(g.contiguous().float(), total, *how)
-        return fits
+            g = g.contiguous().float()
+            bad |= kernels.lars_add_pass(g.data_ptr(), total.data_ptr(), g.numel(), *how)
+        return not bad
 
     def _add(self, grads: list[Tensor]) -> bool:
         """As `_add_with`, on any device; a GPU is not waited for, so there it is False throughout."""
@@ -136,7 +138,8 @@ class OrderFreeSum:
         if not bad_gradients:
             factor = 1.0 / (self.scale * self.passes)
             if self.kernels:
-                self.kernels.mean(self.gradients, self.flat, factor)
+                where = self.gradients.data_ptr(), self.flat.data_ptr(), self.gradients.numel()
+                self.kernels.lars_mean(*where, factor)
             else:
                 for total, mean in zip(self.gradients.split(self.chunk), self.flat.split(self.chunk)):
                     mean.copy_(total.double().mul_(factor))

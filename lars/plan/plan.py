@@ -40,7 +40,6 @@ from lars.plan.render import draw, report, sweep_table
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.recipe.schedule import evaluation_epochs, training_sizes
 
@@ -248,7 +247,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.picture and not args.devices:
         parser.error("--picture draws a sweep: add --devices 8,16,64")
-    import_model_file(args.recipe.parent)
     recipe = config.load(args.recipe, args.overrides)
     cluster = load_cluster(args.cluster)
     clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lars.optim.registry import Entry, optimizers
 from lars.recipe import limits, pretrained, strict_yaml
 from lars.recipe.keys import RENAMED, VARIABLE, Recipe, all_declared, fixing
+from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, did_you_mean, hide, one_line
 
 _OTHER_KEY = re.compile(r"\$\{[\w.]+\}")
@@ -25,10 +26,13 @@ _OTHER_KEY = re.compile(r"\$\{[\w.]+\}")
 def load(path: str | Path, overrides: list[str]) -> Recipe:
     """Read a recipe, apply `key=value` overrides, check names, types and numbers.
 
+    The `model.py` beside it is run first: it may bring a model, or an optimizer with keys of its own.
+
     Raises:
         RecipeError: one line with the remedy.
     """
     path = Path(path)
+    import_model_file(path.parent)
     written, lines = strict_yaml.read(path, "recipe", Path().glob("recipes/*/*.yaml"))
     parts = [(str(path), written, lines)] + [(item, _override(item), {}) for item in overrides]
     config, known = OmegaConf.structured(Recipe), list(all_declared())

@@ -97,12 +97,8 @@ def _label(groups: list[Group], start: str) -> None:
 def differing(groups: list[Group]) -> list[str]:
     """The keys that not all groups share, in the order of a recipe; groups whose keys are not known are not asked."""
     known = [group.keys for group in groups if group.keys]
-    found = []
-    for key in dict.fromkeys(key for keys in known for key in keys):
-        everywhere = all(key in keys for keys in known)
-        if not everywhere or any(keys[key] != known[0][key] for keys in known):
-            found.append(key)
-    return found
+    every = dict.fromkeys(key for keys in known for key in keys)
+    return [key for key in every if any(keys.get(key) != known[0].get(key) for keys in known)]
 
 
 def written(value: Any) -> str:

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from lars.recipe import config
 from lars.recipe.keys import differing, fixing
-from lars.recipe.model_file import import_model_file
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.groups import grouped
 from lars.report.page import curves, put, write_page
@@ -103,7 +102,6 @@ def expectation(recipe_name: str) -> Expectation | None:
 
 def changed_keys(run: Path, recipe_file: Path) -> list[str]:
     """The keys of the trajectory that a run gives another value than its recipe; the seed may be any."""
-    import_model_file(recipe_file.parent)  # this repository's own: it may bring an optimizer
     keys = differing(fixing(flatten_run(run)), config.trajectory(config.load(recipe_file, [])))
     return [key for key in keys if key not in ("seed", "model.weights_sha256")]
 

@@ -46,15 +46,14 @@ def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[I
         RecipeError: on all processes; a file is not there, or has other contents than rank 0's.
     """
 
-    def here() -> tuple[Index, ...]:
-        found = indexes
-        if peers.rank != 0:
-            found = tuple(on_this_node(index, data, verify=peers.leads_node) for index in indexes)
-        for index in found:
-            check_memory(index)
-        return found
+    return peers.together(lambda: tuple(here(peers, index, data) for index in indexes))
 
-    return peers.together(here)
+
+def here(peers: Peers, index: Index, data: Data) -> Index:
+    """Rank 0's index for the files of this node, as in `same_data`, on this process alone."""
+    found = index if peers.rank == 0 else on_this_node(index, data, verify=peers.leads_node)
+    check_memory(found)
+    return found
 
 
 def same_content(peers: Peers, indexes: tuple[Index, Index], before: Sequence[str] = ()) -> dict[str, str | None]:

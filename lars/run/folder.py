@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lars.engine.base import unwrapped_name
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError
@@ -246,7 +245,7 @@ def _cut_back(path: Path, step: int, evaluated: bool) -> None:
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over a state dict: names sorted; each name in UTF-8, then its contiguous little-endian bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted((unwrapped_name(name), tensor) for name, tensor in state.items()):
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

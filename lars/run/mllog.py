@@ -221,7 +221,3 @@ def main() -> int:
             print(f"{len(runs)} runs: convergence against the reference points of training {RULESET}", flush=True)
             good &= _package("rcp_checker", folder, "--rcp_version", RULESET)
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lars.engine.average import named_in_checkpoint
-from lars.engine.base import unwrapped_name
 from lars.engine.build import build_optimizer
 from lars.optim.base import Optimizer
 from lars.recipe import pretrained
@@ -135,8 +134,8 @@ def _misfit(
     if state.aliases != twice:
         return "other tied weights"
     named = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
-    trained = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    trained = {rule.state_key(name, kind): p for name, p in trained.items() for kind in rule.state_tensors}
+    named_p = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = {rule.state_key(name, kind): p for name, p in named_p for kind in rule.state_tensors}
     if averaged:
         trained |= named_in_checkpoint(named)
     whole = state.format > 1 and state.step > 0  # before the first step nothing has a velocity

@@ -1,112 +1,113 @@
-"""`python recipes/study/summary.py [--collect]`: the study's tables and figures from its committed runs.
-
-`make tables` calls it. `--collect` first puts finished runs of runs/study/ into the ledger,
-recipes/study/results/<model>/<run>/seed-<n>/.
-"""
+"""`python recipes/study/summary.py`: the study's tables and figures from its committed runs. `make tables` calls it."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
+import design
+from design import FIXED, HERE, METHODS, RESULTS, TARGET
+from figure import TITLES, draw
 from scipy import stats
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from figure import draw  # noqa: E402
-from study import NETS, RESULTS, RUNS, TITLES, Study  # noqa: E402
-
-from lars.commands.ledger import entries, keep  # noqa: E402
-from lars.commands.tables import markdown, mean_and_spread, replace_marked  # noqa: E402
-from lars.run.reading import diverged, read_result  # noqa: E402
+from lars.commands.ledger import entries
+from lars.commands.tables import markdown, mean_and_spread, replace_marked
 
 README = HERE / "README.md"
 
 
-def gap(ours: list[float], theirs: list[float]) -> str:
-    """Mean top-1 less that of others, and Welch's p; nothing where one of them was not run."""
-    if not ours or not theirs:
-        return ""
-    p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue
-    return f"{statistics.mean(ours) - statistics.mean(theirs):+.2f} (p = {p:.2g})"
+def progress() -> str:
+    """How far the study is, in one sentence."""
+    a_method = len(design.settings(FIXED, "lars", min(FIXED["rates"])))
+    a_method += FIXED["finalists"] * len(FIXED["final_seeds"]) + len(FIXED["test_seeds"])
+    wanted = a_method * len(METHODS) * len(FIXED["rates"])
+    done = sum(len(entries(RESULTS / place)) for place in ("tuning", "test"))
+    reached = sum(bool(design.steps_to_target(m, b)) for m in METHODS for b in TARGET["rates"])
+    points = len(METHODS) * len(TARGET["rates"])
+    return f"Run so far: {done} of {wanted} runs at fixed epochs, {reached} of {points} points of steps to a target."
 
 
-def accuracy_table(study: Study) -> str:
-    """Top-1 of every method at every batch, and LARS less the better SGD."""
+def holm(p_values: dict[tuple[int, str], float]) -> dict[tuple[int, str], float]:
+    """Each p-value corrected for the number of comparisons (Holm 1979)."""
+    corrected, largest = {}, 0.0
+    for place, key in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[key]))
+        corrected[key] = largest
+    return corrected
+
+
+def comparisons() -> dict[tuple[int, str], float]:
+    """{(batch, method): p} of LARS against every other method, corrected; none before all of them were tested."""
+    found = {(batch, method): design.tested(method, batch) for batch in FIXED["rates"] for method in METHODS}
+    if not all(found.values()):
+        return {}
+    others = [key for key in found if key[1] != "lars"]
+    return holm({key: stats.ttest_ind(found[key[0], "lars"], found[key], equal_var=False).pvalue for key in others})
+
+
+def accuracy_table() -> str:
+    """Test top-1 of every method at every batch with the chosen setting, and how far it is from LARS."""
+    p_values, rows = comparisons(), []
+    for batch in sorted(FIXED["rates"]):
+        ours = design.tested("lars", batch)
+        for method in METHODS:
+            top1, setting = design.tested(method, batch), design.chosen(method, batch)
+            apart = ""
+            if (batch, method) in p_values:
+                gap = statistics.mean(ours) - statistics.mean(top1)
+                apart = f"{gap:+.2f} (p = {p_values[batch, method]:.2g})"
+            chosen = f"{setting.rate:g}, {setting.momentum:g}, {setting.warmup:g}" if setting else ""
+            rows.append([f"{batch:,}", TITLES[method], chosen, mean_and_spread(top1, 2), apart])
+    return markdown(["batch", "method", "rate, momentum, warm-up epochs", "top-1 %", "LARS less it"], rows)
+
+
+def target_table() -> str:
+    """Steps to the target of every method at every batch: the median seed, the fewest and the most."""
     rows = []
-    for batch in study.batches:
-        found = {method: study.top1(method, batch) for method in TITLES}
-        sgd = [found[method] for method in ("sgd-linear", "sgd-sqrt") if found[method]]
+    for batch in TARGET["rates"]:
         cells = [f"{batch:,}"]
-        for method, top1 in found.items():
-            rate = study.rate(method, batch)
-            cells.append(f"{mean_and_spread(top1, 2)} ({rate:g})" if top1 else "")
-        rows.append([*cells, gap(found["lars"], max(sgd, key=statistics.mean, default=[]))])
-    head = ["batch", *(f"{title}: top-1 % (rate)" for title in TITLES.values()), "LARS less the better SGD"]
+        for method in METHODS:
+            steps = design.steps_to_target(method, batch)
+            got = sorted(step for step in steps if step is not None)
+            missed = f", {len(steps) - len(got)} never" * (len(got) < len(steps))
+            cells.append(f"{statistics.median(got):.0f} ({got[0]:.0f} to {got[-1]:.0f}{missed})" if got else "")
+        rows.append(cells)
+    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+
+
+def tuning_table() -> str:
+    """Every setting that was tried: top-1 on the images held back by the first seed; finalists with all seeds' mean."""
+    rows = []
+    for batch in sorted(FIXED["rates"]):
+        for method in METHODS:
+            best, chosen = design.finalists(method, batch), design.chosen(method, batch)
+            for setting in design.settings(FIXED, method, batch):
+                score = design.top1("tuning", setting.label, FIXED["tuning_seed"])
+                mean = design.final_mean(setting) if setting in best else None
+                final = "" if mean is None else f"**{mean:.2f}**" if setting == chosen else f"{mean:.2f}"
+                values = (f"{setting.rate:g}", f"{setting.momentum:g}", f"{setting.warmup:g}")
+                rows.append([f"{batch:,}", TITLES[method], *values, "" if score is None else f"{score:.2f}", final])
+    head = ["batch", "method", "rate", "momentum", "warm-up", "first seed", "three new seeds"]
     return markdown(head, rows)
 
 
-def tuning_table(study: Study) -> str:
-    """Every tuning run: rate and top-1 on the images held back; the chosen one in bold."""
-    rows = []
-    for batch in study.batches:
-        cells = [f"{batch:,}"]
-        for method in TITLES:
-            tuned = study.tuned(method, batch) or {}
-            best = max(tuned, key=tuned.get, default=None)
-            said = []
-            for rate, top1 in tuned.items():
-                text = f"{rate:g}: diverged" if top1 < 0 else f"{rate:g}: {top1:.2f}"
-                said.append(f"**{text}**" if rate == best else text)
-            cells.append(", ".join(said))
-        rows.append(cells)
-    return markdown(["batch", *TITLES.values()], rows)
-
-
-def ablation_table(study: Study, batch: int) -> str:
-    """Each change beside LARS as it is."""
-    usual = study.top1("lars", batch)
-    rows = [["LARS as it is", "", mean_and_spread(usual, 2), ""]]
-    for name, overrides in study.grid["ablations"].items():
-        top1 = study.top1("lars", batch, name)
-        rows.append([name, f"`{' '.join(overrides)}`", mean_and_spread(top1, 2), gap(top1, usual)])
-    return markdown(["change", "override", "top-1 %", "against LARS as it is"], rows)
-
-
-def pages(grid: dict[str, Any]) -> Iterator[tuple[Path, str]]:
-    """The study's page and the repository's, as they have to read."""
-    text = README.read_text()
-    for model in NETS:
-        study = Study(grid, model)
-        text = replace_marked(text, f"accuracy-{model}", accuracy_table(study))
-        text = replace_marked(text, f"tuning-{model}", tuning_table(study))
-    batch = next(part["ablate"] for part in grid["parts"] if "ablate" in part)
-    yield README, replace_marked(text, "ablations", ablation_table(Study(grid, "resnet"), batch))
+def pages() -> Iterator[tuple[Path, str]]:
+    """The study's pages and the repository's, as they have to read."""
+    text = replace_marked(README.read_text(), "progress", progress())
+    text = replace_marked(text, "accuracy", accuracy_table())
+    yield README, replace_marked(text, "target", target_table())
+    settings = HERE / "SETTINGS.md"
+    yield settings, replace_marked(settings.read_text(), "tuning", tuning_table())
     front = HERE.parents[1] / "README.md"
-    yield front, replace_marked(front.read_text(), "study", accuracy_table(Study(grid, "resnet")))
+    yield front, replace_marked(front.read_text(), "study", progress())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", action="store_true", help="put finished runs of runs/study/ into the ledger first")
-    if parser.parse_args().collect:
-        for run in entries(RUNS):
-            if read_result(run).get("status") == "finished" or diverged(read_result(run)):
-                keep(run, RESULTS / run.relative_to(RUNS))
-    grid = yaml.safe_load((HERE / "grid.yaml").read_text())
-    for file, text in pages(grid):
+def main() -> None:
+    for file, text in pages():
         file.write_text(text)
-    for model in NETS:
-        if entries(RESULTS / model):
-            draw(Study(grid, model), RESULTS / f"{model}.png")
-    return 0
+    draw(RESULTS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

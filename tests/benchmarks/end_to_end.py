@@ -36,6 +36,7 @@ WARM = 3  # steps before the clock of the rate starts
 # name: model, size, batch of a process, steps
 CASES: dict[str, tuple[str, int, int, int]] = {
     "mobilenetv3_small_050 at 128": ("mobilenetv3_small_050", 128, 32, 40),
+    "resnet50 at 128": ("resnet50", 128, 32, 8),
     "resnet50 at 224": ("resnet50", 224, 16, 8),
 }
 IMAGES = 1000

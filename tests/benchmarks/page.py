@@ -69,7 +69,7 @@ installation without a C compiler does.
     return told + table(("", "", *parts), rows)
 
 
-def order_free_sum(found: dict[str, Any]) -> str:
+def order_free_sum(found: dict[str, Any], rates: dict[str, dict[str, float]]) -> str:
     rows = [
         (name, world, *(f"{row['ms'][loop]:,.0f} ({row['ratio'][loop]:.2f})" for loop in row["ms"]))
         for name, worlds in found["steps"].items()
@@ -82,6 +82,7 @@ def order_free_sum(found: dict[str, Any]) -> str:
     ]
     exchange = list(found["exchange"]["2"])
     wire = [(world, *(f"{ms[way]:,.0f}" for way in exchange)) for world, ms in found["exchange"].items()]
+    slow = [(f"2, {rate}/s between them", *(f"{ms[way]:,.0f}" for way in exchange)) for rate, ms in rates.items()]
     loops = "one hash", "`runtime.deterministic=false`", "DDP's own loop"
     return f"""## The order-free sum
 
@@ -92,15 +93,18 @@ The sum of {found["elements"]:,} elements alone, {found["passes"]} passes, in mi
 added in place, with one all-reduce):
 
 {table(("processes", "floats", "integers, ours", "a tree of floats"), alone)}
-The exchange alone, in milliseconds. Six bytes an element instead of eight were tried, and with gloo they take longer:
+The exchange alone, in milliseconds. Six bytes an element instead of eight were tried, between processes of one machine
+and between two network namespaces whose wire `tc` holds to a rate:
 
-{table(("processes", *exchange), wire)}"""
+{table(("processes", *exchange), [*wire, *slow])}"""
 
 
 def page() -> str:
     """The text of docs/speed.md."""
-    found = {name: json.loads((HERE / f"{name}.json").read_text()) for name in ("end_to_end", "step", "reduction")}
-    parts = HEAD, whole_runs(found["end_to_end"]), step(found["step"]), order_free_sum(found["reduction"])
+    names = ("end_to_end", "step", "reduction", "wire")
+    found = {name: json.loads((HERE / f"{name}.json").read_text()) for name in names}
+    exchange = order_free_sum(found["reduction"], found["wire"]["rates"])
+    parts = HEAD, whole_runs(found["end_to_end"]), step(found["step"]), exchange
     return "\n".join(parts)
 
 

@@ -26,8 +26,7 @@ ROUNDS, WARM_UP, STEPS = 4, 1, 2
 NETS = {  # recipe, what is smaller than in the recipe; the last two have the recipe's image size and few images a step
     "demo/alexnet": (),
     "demo/resnet50": (),
-    "study/alexnet": (),
-    "study/resnet": (),
+    "study/lars": (),
     "resnet50/lars-b32k-90ep": ("global_batch=16", "bn_group=8", "precision=fp32"),
     "alexnet/lars-b32k-100ep": ("global_batch=64", "bn_group=32", "precision=fp32"),
 }

@@ -152,10 +152,14 @@ def _rank(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
 ELEMENTS = 25_557_032
 
 
-def _exchange(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
-    """Milliseconds of each way to have the sum (or the mean) of all gradients everywhere."""
+def exchange(rank: int, world: int, store: str) -> dict[str, float]:
+    """Milliseconds of each way to have the sum (or the mean) of all gradients on all of `world` processes.
+
+    Args:
+        store: where rank 0 listens, as in tcp://127.0.0.1:29600.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     size = -(-ELEMENTS // world) * world
     integers, floats = torch.ones(size, dtype=torch.int64), torch.ones(size)
     share, mean, others = integers[: size // world].clone(), floats[: size // world].clone(), torch.empty_like(integers)
@@ -177,14 +181,19 @@ def _exchange(rank: int, world: int, port: int, answer: mp.SimpleQueue) -> None:
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(WARM_UP + STEPS):
-        for way, exchange in ways.items():
+        for way, play_way in ways.items():
             dist.barrier()
             started = time.perf_counter()
-            exchange()
+            play_way()
             times[way].append(1000 * (time.perf_counter() - started))
-    if rank == 0:
-        answer.put({way: round(statistics.median(ms[WARM_UP:]), 1) for way, ms in times.items()})
     dist.destroy_process_group()
+    return {way: round(statistics.median(ms[WARM_UP:]), 1) for way, ms in times.items()}
+
+
+def _exchange(rank: int, world: int, store: str, answer: mp.SimpleQueue) -> None:
+    found = exchange(rank, world, store)
+    if rank == 0:
+        answer.put(found)
 
 
 def measure_exchange() -> dict[int, dict[str, float]]:
@@ -192,7 +201,7 @@ def measure_exchange() -> dict[int, dict[str, float]]:
     table = {}
     for world in (2, 4):
         answer = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_exchange, (world, 29640 + world, answer), nprocs=world)
+        mp.spawn(_exchange, (world, f"tcp://127.0.0.1:{29640 + world}", answer), nprocs=world)
         table[world] = answer.get()
     return table
 

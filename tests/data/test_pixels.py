@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import DEMO, ROOT
 from distributed import pixels
 from distributed import portable as cells
+from torch import nn
+
+from lars.engine.base import Engine
+from lars.exact.kernels import kernels
+from lars.recipe import config
 
 COMMITTED = json.loads(cells.FILE.read_text())
 
@@ -54,3 +63,21 @@ def test_no_resizing_in_the_loader_depends_on_the_cpu() -> None:
     assert {name for _, name in used} == {"INTER_LINEAR", "INTER_AREA"}, used
     changing = re.compile(r"cv2\.(resize|warp|remap|pyr|GaussianBlur|cvtColor)")
     assert [file.name for file in files if changing.search(file.read_text())] == ["augment.py"]
+
+
+@pytest.mark.parametrize("channels_last", ["true", "false"])
+def test_the_kernel_makes_the_same_numbers_of_bytes_as_torch(channels_last: str) -> None:
+    """Images as the loader delivers them, colours of a pixel side by side; without a compiler torch's way is taken."""
+    if kernels() is None:
+        pytest.skip("the kernels are not built here: there was no C compiler")
+    recipe = config.load(DEMO / "resnet50.yaml", [f"runtime.channels_last={channels_last}", "augment.std=[58,57,0.3]"])
+    engine = SimpleNamespace(recipe=recipe, device=torch.device("cpu"), weights_may_be_channels_last=False)
+    Engine.prepare(cast(Engine, engine), nn.Identity(), [])
+    images = torch.randint(0, 256, (5, 33, 31, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    ours = Engine.pixels(cast(Engine, engine), images)
+    mean, std = (np.array(values, np.float32) for values in (recipe.augment.mean, recipe.augment.std))
+    by_hand = torch.from_numpy((images.permute(0, 2, 3, 1).numpy().astype(np.float32) - mean) / std)
+    assert torch.equal(ours, by_hand.permute(0, 3, 1, 2))
+    assert ours.is_contiguous(memory_format=engine.memory_format)
+    engine.kernels = None
+    assert torch.equal(ours, Engine.pixels(cast(Engine, engine), images))
