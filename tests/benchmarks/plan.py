@@ -128,7 +128,6 @@ HERE = "seconds_per_operation_here"
 
 def measured_here() -> list[tuple[Row, Plan]]:
     """Runs of the demo and steps of `tests.benchmarks.reduction`, both on 2 processes of 2 cores."""
-    import_model_file(ROOT / "recipes/demo")
     found = []
     for name, seconds in DEMO_SECONDS.items():
         recipe = config.load(ROOT / f"recipes/demo/{name}.yaml", ["runtime.micro_batch=32"])
