@@ -6,15 +6,17 @@ import json
 import re
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from benchmarks.plan import MARKS, page_table
+from benchmarks.plan import MARKS, START, fit, page_table, predicted, rows, summary
 from conftest import DEMO, ROOT
 from timm import create_model
 
 from lars.plan.cluster import Cluster, Link, load_cluster
 from lars.plan.cost import (
+    INTERVAL,
     RESNET50,
     Work,
     all_reduce_seconds,
@@ -33,6 +35,7 @@ from lars.recipe.refusal import RecipeError
 
 CLUSTERS = sorted((ROOT / "launch/clusters").glob("*.yaml"))
 RESNET = ROOT / "recipes/resnet50/lars-b32k-90ep.yaml"
+OPERATION = load_cluster(ROOT / "launch/clusters/h100-8.yaml").device.seconds_per_operation
 TINY = ("runtime.micro_batch=32", "model.kwargs.layers=[1,1,1,1]")
 
 
@@ -77,23 +80,23 @@ def test_counts_of_known_models() -> None:
     assert alexnet.flops / 2 == pytest.approx(0.72e9, abs=0.005e9) and alexnet.weights == 60_965_224
 
 
-def test_an_image_on_both_sides_of_the_roofline() -> None:
+def test_an_image_takes_its_arithmetic_and_its_memory_traffic() -> None:
     # by hand, four digits:
-    # 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.9 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
+    # 3 x 8.178 Gflop at half of 100 Tflop/s = 0.4907 ms; 10 x 85.91 MB at 1 TB/s = 0.8591 ms in float32, half in bf16
     peak = {"fp32": 1e14, "bf16": 1e14}
     device = replace(cluster("h100-8").device, peak=peak, efficiency=0.5, memory_bandwidth=1e12, memory_passes=10)
-    assert image_seconds(device, RESNET50, "fp32") == pytest.approx(8.591e-4, abs=0.5e-7)
-    assert image_seconds(device, RESNET50, "bf16") == pytest.approx(4.907e-4, abs=0.5e-7)
+    assert image_seconds(device, RESNET50, "fp32") == pytest.approx(1.3498e-3, abs=1e-7)
+    assert image_seconds(device, RESNET50, "bf16") == pytest.approx(9.203e-4, abs=1e-7)
     measured = replace(device, images_per_second=500)
     assert image_seconds(measured, RESNET50, "bf16") == pytest.approx(1 / 500)
-    assert image_seconds(measured, replace(RESNET50, flops=2 * RESNET50.flops), "bf16") == pytest.approx(2 / 500)
+    assert image_seconds(measured, replace(RESNET50, flops=0), "bf16") == pytest.approx(0.4296 / 0.9203 / 500, rel=1e-3)
 
 
 def test_a_step_is_the_sum_of_its_parts_and_waits_for_data() -> None:
     here = cluster("h100-8")
     step = step_of(work(), here)
     assert step.seconds == step.compute + step.summing + step.communication + step.update
-    assert step.compute == pytest.approx(4096 * image_seconds(here.device, RESNET50, "bf16") + 64 * 3 * 283 * 3.9e-6)
+    assert step.compute == pytest.approx(4096 * image_seconds(here.device, RESNET50, "bf16") + 64 * 3 * 283 * OPERATION)
     assert step.summing == pytest.approx(64 * 60 * 25_557_032 / 3.35e12)
     slow = replace(here, node=replace(here.node, cores=16))  # one decoding core a device: 490 images/s
     starved = step_of(work(image_bytes=110_000), slow)
@@ -107,15 +110,26 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_data() -> None:
     )
 
 
-def test_ddp_hides_its_exchange_behind_the_last_backward_and_the_order_free_sum_does_not() -> None:
-    many = cluster("p100-256")
+def test_ddp_hides_all_but_the_last_bucket_behind_the_last_backward_and_the_order_free_sum_hides_nothing() -> None:
+    many = cluster("p100-256", "straggling=0")
     exact, ddp = step_of(work(), many), step_of(work(wire_bytes=4, order_free=False), many)
-    assert ddp.communication == 0 and ddp.summing == 0
-    assert exact.communication == all_reduce_seconds(8 * 25_557_032, many) > 0
+    assert ddp.communication == all_reduce_seconds(25 * 2**20, many) > 0 and ddp.summing == 0
+    assert exact.communication == all_reduce_seconds(8 * 25_557_032, many) > ddp.communication
+    slow = replace(many, network=Link(1e8, 0))  # the backward of the last of two passes hides little of this
+    late = step_of(work(wire_bytes=4, order_free=False), slow)
+    exchange = all_reduce_seconds(4 * 25_557_032, slow)
+    assert late.communication == pytest.approx(exchange - late.compute / 2 * 2 / 3)
+
+
+def test_a_step_waits_for_the_slowest_of_its_devices() -> None:
+    """By hand: the last of 64 is sqrt(2 ln 64) = 2.884 standard deviations late at most; one device waits for none."""
+    even, uneven = (step_of(work(), cluster("h100-64", f"straggling={share}")) for share in (0, 0.1))
+    assert uneven.communication - even.communication == pytest.approx(0.2884 * even.compute, rel=1e-3)
+    assert step_of(work(), cluster("m40-1", "straggling=0.1")).communication == 0
 
 
 def test_more_devices_compute_less_each_and_exchange_longer() -> None:
-    steps = [step_of(work(), with_devices(cluster("h100-64"), n)) for n in (1, 8, 16, 64, 256, 512)]
+    steps = [step_of(work(), with_devices(cluster("h100-64", "straggling=0"), n)) for n in (1, 8, 16, 64, 256, 512)]
     for fewer, more in zip(steps, steps[1:]):
         assert more.compute < fewer.compute and more.communication >= fewer.communication
     assert steps[0].communication == 0
@@ -136,7 +150,7 @@ def test_every_cluster_loads_and_each_of_its_numbers_has_a_source(path: Path) ->
 def test_mistakes_in_a_cluster_are_one_line(tmp_path: Path) -> None:
     text = (ROOT / "launch/clusters/h100-8.yaml").read_text()
     for wrong, right, said in (
-        ("  efficency: 0.5", "  efficiency: 0.5", "unknown key 'device.efficency'; did you mean 'device.efficiency'?"),
+        ("  efficency: 1", "  efficiency: 0.415", "unknown key 'device.efficency'; did you mean 'device.efficiency'?"),
         ("", "devices: 8  # datasheet\nlaunch", "lacks devices, launch"),
         ("  memory_bytes: much", "  memory_bytes: 80000000000", "device.memory_bytes"),
         ("  cores: 0", "  cores: 112", "node.cores=0 must be positive"),
@@ -207,6 +221,7 @@ def test_json_has_the_names_that_scripts_rely_on(capsys: pytest.CaptureFixture) 
     said = json.loads(capsys.readouterr().out)
     six = ["seconds", "steps", "passes_per_device", "images_per_second", "memory_bytes_per_device", "bottleneck"]
     assert list(said) == [*six, "details"]
+    assert said["details"]["seconds_interval"] == [pytest.approx(factor * said["seconds"]) for factor in INTERVAL]
 
 
 def test_the_answer_in_words_names_time_memory_and_the_command(capsys: pytest.CaptureFixture) -> None:
@@ -222,7 +237,11 @@ def test_the_answer_in_words_names_time_memory_and_the_command(capsys: pytest.Ca
         == 0
     )
     said = capsys.readouterr().out
-    assert re.search(r"on 8 H100: about [\d.]+ (min|h)", said) and "bottleneck" in said and "GB of activations" in said
+    assert (
+        re.search(r"on 8 H100: about [\d.]+ (min|h) \([\d.]+ (min|h) to [\d.]+ (min|h)\)", said)
+        and "bottleneck" in said
+        and "GB of activations" in said
+    )
     line = next(line for line in said.splitlines() if "accelerate launch" in line)
     assert (
         "--config_file launch/gpu.yaml --num_processes 8 " in line
@@ -257,7 +276,9 @@ def test_a_sweep_prints_a_line_each_and_draws(capsys: pytest.CaptureFixture, tmp
     picture = tmp_path / "plots/sweep.png"
     keys = [*TINY, "--devices", "1,2,4", "--picture", str(picture)]
     assert main([str(DEMO / "resnet50.yaml"), str(ROOT / "launch/clusters/h100-8.yaml"), *keys]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["devices", "1", "2", "4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["devices", "1", "2", "4"]
+    assert "interval" in lines[0] and all(" to " in line for line in lines[1:])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -280,25 +301,54 @@ def test_a_refusal_is_one_line_and_status_2(
     assert said in error and error.count("\n") == 1, error
 
 
-def test_the_committed_comparison_and_its_page() -> None:
-    result = json.loads((ROOT / "tests/benchmarks/plan.json").read_text())
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    return json.loads((ROOT / "tests/benchmarks/plan.json").read_text())
+
+
+def test_the_committed_comparison_and_its_page(committed: dict) -> None:
     page = (ROOT / "launch/clusters/README.md").read_text()
-    assert page[page.index(MARKS[0]) + len(MARKS[0]) : page.index(MARKS[1])] == page_table(result)
-    rows = result["rows"]
-    errors = [abs(row["predicted_seconds"] / row["seconds"] - 1) * 100 for row in rows if not row["fitted"]]
-    assert result["median_unfitted"] == round(statistics.median(errors), 1) < 25 and len(errors) >= 25
-    fitted = [abs(row["predicted_seconds"] / row["seconds"] - 1) for row in rows if row["fitted"]]
-    assert max(fitted) < 0.01
-    assert {path.stem for path in CLUSTERS} >= {row["cluster"] for row in rows}
+    assert page[page.index(MARKS[0]) + len(MARKS[0]) : page.index(MARKS[1])] == page_table(committed)
+    judged = [row for row in committed["rows"] if row["half"] == "judge"]
+    errors = [abs(row["predicted_seconds"] / row["seconds"] - 1) * 100 for row in judged]
+    assert committed["median"] == round(statistics.median(errors), 1) < 20 and len(errors) >= 20
+    assert {path.stem for path in CLUSTERS} >= {row["cluster"] for row in committed["rows"]}
+    halves = {(row["source"], row["half"]) for row in committed["rows"]}
+    assert len(halves) == len({source for source, _ in halves})  # no publication fits and judges
 
 
-def test_committed_predictions_are_what_the_model_says_now() -> None:
-    from benchmarks.plan import predicted, rows
+def test_the_interval_of_a_plan_is_that_of_the_judged_rows(committed: dict) -> None:
+    """8 of 10 lie in it, by counting; a tenth of the rows may be off by rounding to whole rows."""
+    assert list(INTERVAL) == summary(committed["rows"])["interval"] == committed["interval"]
+    ratios = [row["seconds"] / row["predicted_seconds"] for row in committed["rows"] if row["half"] == "judge"]
+    inside = sum(INTERVAL[0] <= ratio <= INTERVAL[1] for ratio in ratios)
+    assert abs(inside / len(ratios) - 0.8) < 0.1
 
-    committed = {
-        row["run"]: row["predicted_seconds"]
-        for row in json.loads((ROOT / "tests/benchmarks/plan.json").read_text())["rows"]
-    }
+
+def test_committed_predictions_are_what_the_model_says_now(committed: dict) -> None:
+    said = {row["run"]: row["predicted_seconds"] for row in committed["rows"]}
     for row in rows():
         # three decimals are written
-        assert predicted(row) == pytest.approx(committed[row.run], abs=0.0005 + 1e-9), row.run
+        assert predicted(row, committed["constants"]) == pytest.approx(said[row.run], abs=0.0005 + 1e-9), row.run
+
+
+def test_the_constants_are_fitted_to_the_fitting_half_alone(committed: dict) -> None:
+    runs = [(row, partial(predicted, row)) for row in rows()]
+    fitted = fit(runs, START)
+    assert fitted == {name: committed["constants"][name] for name in START}
+    later = [(replace(row, seconds=2 * row.seconds) if row.half == "judge" else row, p) for row, p in runs]
+    assert fit(later, START) == fitted
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.stem)
+def test_cluster_files_carry_the_fitted_constants(path: Path, committed: dict) -> None:
+    described, constants = load_cluster(path), committed["constants"]
+    kind = f"_{path.stem.split('-')[0]}" if described.device.decodes else ""
+    assert described.straggling == constants["straggling"]
+    assert described.device.memory_passes == constants["memory_passes"]
+    if path.stem == "cpu-2":
+        assert described.device.seconds_per_operation == constants["seconds_per_operation_here"]
+        return
+    assert described.device.efficiency == constants[f"efficiency{kind}"]
+    if not kind:
+        assert described.device.seconds_per_operation == constants["seconds_per_operation"]

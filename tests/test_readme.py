@@ -148,7 +148,7 @@ def test_a_reader_learns_how_long_how_much_memory_and_which_launch_file(
     assert "h100-8" in command
     assert run_module(shlex.split(command), monkeypatch) == 0
     said = capsys.readouterr().out
-    assert re.search(r"on 8 H100: about [\d.]+ (min|h)\n", said)
+    assert re.search(r"on 8 H100: about [\d.]+ (min|h) \([\d.]+ (min|h) to [\d.]+ (min|h)\)\n", said)
     assert re.search(r"memory +[\d.]+ GB of state \+ [\d.]+ GB of activations of 80 GB a device", said)
     start = next(line for line in said.splitlines() if line.strip().startswith("start"))
     named = re.search(r"--config_file (\S+) --num_processes 8 recipes/train.py --config (\S+)", start)

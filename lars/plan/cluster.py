@@ -21,10 +21,9 @@ class Device:
     name: str = MISSING
     decodes: bool = MISSING  # it also decodes the images, as a CPU does; a GPU leaves that to the cores of its node
     peak: dict[str, float] = MISSING  # precision: flop/s of the datasheet; a precision that is not there runs as fp32
-    efficiency: float = MISSING  # share of the peak that training reaches where arithmetic is the limit
+    efficiency: float = MISSING  # share of the peak that convolutions reach
     memory_bandwidth: float = MISSING  # bytes/s
-    # How often training moves each byte that the forward keeps, where memory is the limit.
-    memory_passes: float = MISSING
+    memory_passes: float = MISSING  # how often training moves each byte that the forward keeps, beside its convolutions
     images_per_second: float | None = None  # ResNet-50, 224 pixels, one device; beats what the four above say
     seconds_per_operation: float = MISSING  # what a tensor operation costs however small it is
     memory_bytes: int = MISSING
@@ -55,6 +54,9 @@ class Cluster:
     node: Node = field(default_factory=Node)
     link: Link = field(default_factory=Link)  # of one device, inside a node
     network: Link = field(default_factory=Link)  # of one node
+    # Standard deviation of a device's time for a step, over its mean: the slowest of p normal ones is later than the
+    # mean by at most sqrt(2 ln p) of it. Fitted, see launch/clusters/README.md.
+    straggling: float = 0.0548
     price_per_device_hour: float | None = None
 
     @property
@@ -84,7 +86,7 @@ def load_cluster(path: Path, changes: list[str] | None = None) -> Cluster:
 def _check(cluster: Cluster, path: Path) -> None:
     numbers = {**flatten(cluster), **{f"device.peak.{k}": v for k, v in cluster.device.peak.items()}}
     for key, value in numbers.items():
-        may_be_zero = key.endswith(("decodes", "seconds")) or "seconds_per" in key
+        may_be_zero = key.endswith(("decodes", "seconds", "straggling")) or "seconds_per" in key
         if isinstance(value, (int, float)) and not (value > 0 or value == 0 and may_be_zero):
             raise RecipeError(f"{path}: {key}={value} must be positive")
     if "fp32" not in cluster.device.peak:

@@ -28,7 +28,7 @@ def report(plan: Plan, file: Path, overrides: list[str]) -> str:
     if uneven := batch.passes % batch.processes:
         shared = f"{batch.passes} passes, {batch.passes_per_process} on each of {uneven} of {batch.processes} devices"
     lines = [
-        f"{plan.recipe.name} on {cluster.name}: about {duration(plan.seconds)}",
+        f"{plan.recipe.name} on {cluster.name}: about {duration(plan.seconds)} ({interval(plan)})",
         f"  steps       {plan.steps:,} of {step.seconds:.3g} s, {plan.evaluations} evaluations "
         f"({duration(plan.evaluation_seconds)} of the time)",
         f"  a step      {batch.global_batch:,} images = {shared} x micro_batch {batch.micro_batch}{groups}",
@@ -63,15 +63,22 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
+def interval(plan: Plan) -> str:
+    """As in "44.1 min to 1.6 h"."""
+    return " to ".join(map(duration, plan.seconds_interval))
+
+
 def sweep_table(plans: list[Plan]) -> str:
     """One line for each number of devices; efficiency is against the first."""
-    lines = ["devices  micro_batch  passes  time       images/s   efficiency  exchange  bottleneck"]
+    lines = [
+        "devices  micro_batch  passes  time       interval              images/s   efficiency  exchange  bottleneck"
+    ]
     for plan, share in zip(plans, efficiencies(plans)):
         exchange = (plan.step.communication + plan.step.summing) / plan.step.seconds
         lines.append(
             f"{plan.cluster.devices:<8,} {plan.batch.micro_batch:<12,} {plan.batch.passes_per_process:<7,} "
-            f"{duration(plan.seconds):<10} {plan.images_per_second:<10,.0f} {share:<11.0%} {exchange:<9.1%} "
-            f"{plan.bottleneck}"
+            f"{duration(plan.seconds):<10} {interval(plan):<21} {plan.images_per_second:<10,.0f} {share:<11.0%} "
+            f"{exchange:<9.1%} {plan.bottleneck}"
         )
     return "\n".join(lines)
 
@@ -92,6 +99,8 @@ def draw(plans: list[Plan], picture: Path) -> None:
     minutes = [plan.seconds / 60 for plan in plans]
     time.loglog(devices, minutes, marker="o", label="planned")
     time.loglog(devices, [minutes[0] * devices[0] / n for n in devices], linestyle=":", color="grey", label="ideal")
+    low, high = zip(*(plan.seconds_interval for plan in plans))
+    time.fill_between(devices, [s / 60 for s in low], [s / 60 for s in high], alpha=0.2, label="8 of 10 judged runs")
     time.set_title(f"{plans[0].recipe.name}: minutes")
     time.legend()
     efficiency.semilogx(devices, [100 * share for share in efficiencies(plans)], marker="o")
