@@ -65,6 +65,7 @@ def ours(case: tuple[str, int, int, int], processes: int, data: Path, run: Path)
         "schedule.warmup_epochs=0",
         "schedule.warmup_lr=0",
         "epochs=100",
+        "evaluation.every_epochs=100",  # at the end alone, as the others
         f"max_steps={steps}",
         "runtime.portable=false",
         "trackers=[]",
