@@ -27,6 +27,7 @@ from lars.plan.cluster import USABLE, Cluster, load_cluster
 from lars.plan.cost import (
     FLOAT_BYTES,
     INTEGER_BYTES,
+    VIEW,
     Counts,
     Step,
     Work,
@@ -161,6 +162,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Pl
         order_free=order_free,
         wire_bytes=INTEGER_BYTES if order_free else FLOAT_BYTES,
         image_bytes=image_bytes,
+        view=VIEW[recipe.augment.resampling],
     )
     activations = round(an_image * batch.micro_batch)
     return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)
