@@ -224,7 +224,8 @@ def test_the_tables_of_resizing_are_the_committed_measurement() -> None:
     exact = ("torchvision (NUS-HPC)", "OpenCV, area (FFCV)")
     assert all(levels[f"{name} with its key"]["training"] == {"mean": 0, "rms": 0} for name in exact)
     assert all(levels[name]["training"]["mean"] > 1 for name in exact)  # "mixed", the control
-    assert VIEW == {way: round(ms / spent["mixed"], 1) for way, ms in spent.items()}
+    # what two runs on a busy machine differ by; `make tables` takes VIEW
+    assert VIEW == {way: pytest.approx(ms / spent["mixed"], rel=0.15) for way, ms in spent.items()}
 
 
 def test_the_messages_of_the_troubleshooting_page_are_the_programs_own() -> None:
