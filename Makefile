@@ -82,6 +82,7 @@ bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results
 	$(PYTHON) -m tests.benchmarks.order --json > tests/benchmarks/order.json
 	$(PYTHON) -m pip install --quiet -e .[bench]
 	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
+	$(PYTHON) -m tests.benchmarks.resize --json > tests/benchmarks/resize.json
 	$(PYTHON) -m tests.benchmarks.portable --json > tests/benchmarks/portable.json
 	$(PYTHON) -m tests.benchmarks.content --json > tests/benchmarks/content.json
 	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from conftest import DEMO, ROOT
 
 from lars.commands import evaluate, predict
-from lars.commands.export import main
+from lars.commands.export import main, model_card, write_export
 from lars.commands.subject import pixels_of, subject
 from lars.data.augment import evaluation_image
+from lars.recipe import config
 from lars.run.reading import read_lines, read_result
 
 PLAIN_TIMM = """
@@ -67,6 +69,21 @@ def test_plain_timm_gives_the_run_s_logits_and_top1(
         ours = of.model(pixels_of(torch.stack(pixels).permute(0, 3, 1, 2), of.recipe.augment))
     # timm normalises pixels of 0 ... 1, which rounds each once more (2^-24); no net enlarges that a thousandfold
     assert torch.allclose(ours, theirs["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("way", "timms", "back"),
+    [("mixed", "bicubic", "mixed"), ("bilinear", "bilinear", "bilinear"), ("area", "bilinear", "bilinear")],
+)
+def test_timm_resizes_as_the_run_did_or_the_card_says_that_it_cannot(
+    way: str, timms: str, back: str, tmp_path: Path
+) -> None:
+    recipe = config.load(DEMO / "resnet50.yaml", [f"augment.resampling={way}"])
+    write_export(timm.create_model("resnet18", num_classes=10), recipe, None, tmp_path / "none", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]["interpolation"] == timms
+    of = subject(Namespace(subject=f"local-dir:{tmp_path / 'out'}", recipe=None, data=None, best=False, ema=False))
+    assert of.recipe.augment.resampling == back
+    assert ("timm has no such" in model_card(of._replace(recipe=recipe), {}, "")) == (way == "area")
 
 
 def test_a_run_without_a_checkpoint_is_refused_in_a_line(

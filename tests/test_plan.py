@@ -104,6 +104,7 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_data() -> None:
         starved.seconds == starved.data == pytest.approx(4096 * (2e-4 + 110_000 / 6.0e7))
         and starved.bottleneck == "data"
     )
+    assert step_of(work(image_bytes=110_000, view=1.8), slow).data == pytest.approx(1.8 * starved.data)
     shared = step_of(work(image_bytes=110_000, precision="fp32"), cluster("cpu-2"))
     assert shared.seconds == pytest.approx(
         shared.compute + shared.summing + shared.communication + shared.update + shared.data

@@ -213,6 +213,21 @@ def test_the_tables_of_the_data_card_are_the_committed_measurements() -> None:
     assert rate["ours"] >= 2.5 * rate["timm"] and rate["ours"] >= 1.3 * rate[loader.DALI]
 
 
+def test_the_tables_of_resizing_are_the_committed_measurement() -> None:
+    from benchmarks import resize
+
+    from lars.plan.cost import VIEW
+
+    found, text = json.loads((ROOT / "tests/benchmarks/resize.json").read_text()), resize.PAGE.read_text()
+    assert text.split(resize.MARKS[0])[1].split(resize.MARKS[1])[0] == resize.tables(found)
+    levels, spent = found["levels"], found["cpu_ms_a_view"]
+    exact = ("torchvision (NUS-HPC)", "OpenCV, area (FFCV)")
+    assert all(levels[f"{name} with its key"]["training"] == {"mean": 0, "rms": 0} for name in exact)
+    assert all(levels[name]["training"]["mean"] > 1 for name in exact)  # "mixed", the control
+    # what two runs on a busy machine differ by; `make tables` takes VIEW
+    assert VIEW == {way: pytest.approx(ms / spent["mixed"], rel=0.15) for way, ms in spent.items()}
+
+
 def test_the_messages_of_the_troubleshooting_page_are_the_programs_own() -> None:
     source = "\n".join(file.read_text() for file in (ROOT / "lars").rglob("*.py"))
     source = re.sub(r'"\n\s+f?"', "", source)  # a text over several lines

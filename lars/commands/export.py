@@ -51,7 +51,8 @@ def write_export(model: nn.Module, recipe: Recipe, names: list[str] | None, mode
             "input_size": (3, size, size),
             "mean": tuple(value / 255 for value in augment.mean),
             "std": tuple(value / 255 for value in augment.std),
-            "interpolation": "bicubic",
+            # of the others bilinear is the nearest that timm has; the model card says so
+            "interpolation": "bicubic" if augment.resampling == "mixed" else "bilinear",
             # timm rounds size / crop_pct down, so half a pixel more gives `eval_resize` itself
             "crop_pct": size / (augment.eval_resize + 0.5),
         },
@@ -129,6 +130,8 @@ def model_card(of: Subject, result: dict[str, Any], digest: str) -> str:
         "trained by": f"`accelerate launch recipes/train.py --config recipes/{recipe.name}.yaml`, "
         f"commit `{result.get('commit')}`",
     }
+    if (way := recipe.augment.resampling) not in ("mixed", "bilinear"):
+        rows["images"] = f"trained and evaluated with `augment.resampling: {way}`; timm has no such, and takes bilinear"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\nlibrary_name: timm\ntags: [image-classification, timm]\n---\n# {recipe.name}\n\n"

@@ -29,6 +29,7 @@ from lars.run import checkpoint
 from lars.run.reading import read_result
 from lars.run.resume import read_fitting
 
+_RESAMPLING = {"bicubic": "mixed", "bilinear": "bilinear"}  # timm's interpolation in evaluation: augment.resampling
 _NAMED = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes of timm's names of models
 
 
@@ -111,7 +112,7 @@ def _published(name: str, place: str | None) -> Subject:
         raise RecipeError(f"{name} cannot be loaded: {one_line(error)}") from None
     how = timm.data.resolve_model_data_config(model, use_test_size=True)
     size, interpolation = how["input_size"][-1], how["interpolation"]
-    if interpolation != "bicubic" or how["crop_mode"] != "center":
+    if interpolation not in _RESAMPLING or how["crop_mode"] != "center":
         raise RecipeError(
             f"{name} is evaluated with {interpolation} and crop {how['crop_mode']}: timm's validate.py can"
         )
@@ -120,6 +121,7 @@ def _published(name: str, place: str | None) -> Subject:
         data=Data(path=place or ""),
         augment=Augment(
             eval_resize=math.floor(size / how["crop_pct"]),
+            resampling=_RESAMPLING[interpolation],
             mean=[255 * value for value in how["mean"]],
             std=[255 * value for value in how["std"]],
         ),

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lars.data.decode import MAX_PIXELS, BadImage, Encoded
+from lars.data.resample import resampled
 from lars.exact.keyed import Purpose, uniform
 from lars.recipe.keys import Augment
 from lars.recipe.refusal import RecipeError, one_line
@@ -32,6 +33,7 @@ DRAWS = max(Draw) + 1
 _SECTION = re.compile(
     r"(m|n|mmax)(\d{1,4})|(inc)([01])|(p|mstd)(\d+(?:\.\d+)?)|(t)(weights|3a|3aw)"
 )  # of a RandAugment policy
+_PILLOWS = {"mixed": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}  # of evaluation
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # of random erasing, as in timm
 
 
@@ -93,27 +95,38 @@ def check_policy(policy: str) -> None:
 
 
 def evaluation_image(data: bytes | memoryview | None, augment: Augment, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the same pixels as timm's."""
+    """uint8 (size, size, 3): the shorter side to `eval_resize`, then the centre; the same pixels as timm's.
+
+    With `resampling: bilinear` they are torchvision's.
+    """
     encoded = Encoded(data)
     sides = encoded.width, encoded.height
     shorter, longer = augment.eval_resize, int(augment.eval_resize * max(sides) / min(sides))
     extent = _bounded(sides, (shorter, longer) if sides[0] <= sides[1] else (longer, shorter))
     pixels = encoded.pixels()
     del encoded  # with what Pillow holds of it: a large image should not be there three times
-    image = Image.fromarray(pixels)
-    del pixels
-    image = image if image.size == extent else image.resize(extent, Image.Resampling.BICUBIC)
+    if augment.resampling in _PILLOWS:
+        image = Image.fromarray(pixels)
+        del pixels
+        image = image if image.size == extent else image.resize(extent, _PILLOWS[augment.resampling])
+    else:
+        image = Image.fromarray(resampled(pixels, extent, augment.resampling))
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+def _decoded(image: Encoded, augment: Augment, scale: float) -> np.ndarray:
+    """Whole and exact, as the sources decode; "mixed" has quicker pixels, and no more of them than `scale` asks for."""
+    return image.pixels(scale, fast=True) if augment.resampling == "mixed" else image.pixels()
+
+
 def _random_resized_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[float]) -> np.ndarray:
     left, top, right, bottom = _random_box((image.width, image.height), augment, draw)
-    pixels = image.pixels(max(size / (right - left), size / (bottom - top)), fast=True)
+    pixels = _decoded(image, augment, max(size / (right - left), size / (bottom - top)))
     down, across = pixels.shape[0] / image.height, pixels.shape[1] / image.width  # 1, or less where it came smaller
     rows = slice(int(top * down), max(int(bottom * down), int(top * down) + 1))
     columns = slice(int(left * across), max(int(right * across), int(left * across) + 1))
-    return _resize(pixels[rows, columns], (size, size))
+    return resampled(pixels[rows, columns], (size, size), augment.resampling)
 
 
 def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[float]) -> np.ndarray:
@@ -121,9 +134,9 @@ def _random_crop(image: Encoded, augment: Augment, size: int, draw: Iterator[flo
         scale = augment.resize / min(image.width, image.height)
         extent = (max(augment.resize, round(image.width * scale)), max(augment.resize, round(image.height * scale)))
         extent = _bounded((image.width, image.height), extent)
-        pixels = _resize(image.pixels(scale, fast=True), extent)
+        pixels = resampled(_decoded(image, augment, scale), extent, augment.resampling)
     else:
-        pixels = image.pixels(fast=True)
+        pixels = _decoded(image, augment, 1.0)
     rows, columns = (max(0, size - side - 2 * augment.pad) for side in pixels.shape[:2])  # what a small image lacks
     if augment.pad or rows or columns:
         edges = [side + augment.pad for side in (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)]
@@ -156,14 +169,6 @@ def _bounded(sides: tuple[int, int], extent: tuple[int, int]) -> tuple[int, int]
     if extent[0] * extent[1] > MAX_PIXELS:
         raise BadImage(f"{sides[0]} x {sides[1]} pixels, which would be resized to {extent[0]} x {extent[1]}")
     return extent
-
-
-def _resize(pixels: np.ndarray, extent: tuple[int, int]) -> np.ndarray:
-    """To (width, height): linear, which sees all pixels down to half; below that the mean over a new pixel's area."""
-    if pixels.shape[1::-1] == extent:
-        return pixels
-    small = pixels.shape[1] > 2 * extent[0] or pixels.shape[0] > 2 * extent[1]
-    return cv2.resize(pixels, extent, interpolation=cv2.INTER_AREA if small else cv2.INTER_LINEAR)
 
 
 @lru_cache

@@ -46,6 +46,8 @@ class Counts:
 RESNET50 = Counts(flops=8_178_368_512, kept_bytes=85_912_824, operations=283, weights=25_557_032)
 """timm's resnet50 at 224 pixels: what a measured `images_per_second` is about."""
 
+VIEW = {"mixed": 1.0, "bilinear": 1.7, "area": 1.4, "tf1_bilinear": 1.5}  # measured: tests/benchmarks/resize.json
+
 
 @dataclass(frozen=True)
 class Work:
@@ -60,6 +62,7 @@ class Work:
     order_free: bool  # each pass goes through the order-free sum; DDP hides its exchange behind the last backward
     wire_bytes: float  # per gradient element
     image_bytes: float  # an encoded image; 0 where reading and decoding are left out
+    view: float = 1.0  # what a training view costs a core, to one of augment.resampling: mixed
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def step_of(work: Work, cluster: Cluster) -> Step:
         summing=passes * SUM_BYTES * counts.weights / device.memory_bandwidth if work.order_free else 0.0,
         communication=waiting,
         update=UPDATE_BYTES * counts.weights / device.memory_bandwidth,
-        data=images * _data_seconds(work, cluster),
+        data=images * _data_seconds(work, cluster, work.view),
         decodes=device.decodes,
     )
 
@@ -204,11 +207,11 @@ def evaluation_seconds(work: Work, cluster: Cluster) -> float:
     return forward + data if cluster.device.decodes else max(forward, data)
 
 
-def _data_seconds(work: Work, cluster: Cluster) -> float:
+def _data_seconds(work: Work, cluster: Cluster, view: float = 1.0) -> float:
     """Of one device, per image: the slower of decoding and reading."""
     if not work.image_bytes:
         return 0.0
     node = cluster.node
     cores = node.cores / node.devices if cluster.device.decodes else decoders(node.cores, node.devices)
-    decode = (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / cores
+    decode = view * (node.seconds_per_image + work.image_bytes / node.decode_bytes_per_second) / cores
     return max(decode, work.image_bytes * min(cluster.devices, node.devices) / node.storage_bytes_per_second)

@@ -28,6 +28,7 @@ from lars.plan.cost import (
     FLOAT_BYTES,
     INTEGER_BYTES,
     INTERVAL,
+    VIEW,
     Counts,
     Step,
     Work,
@@ -167,6 +168,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, sweep: Iterable[int] = ()) -> Pl
         order_free=order_free,
         wire_bytes=INTEGER_BYTES if order_free else FLOAT_BYTES,
         image_bytes=image_bytes,
+        view=VIEW[recipe.augment.resampling],
     )
     activations = round(an_image * batch.micro_batch)
     return Plan(recipe, cluster, batch, work, step_of(work, cluster), state, activations, activations <= room)

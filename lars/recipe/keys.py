@@ -93,6 +93,11 @@ class Augment:
     eval_resize: int = key(
         "evaluation: the shorter side, then the centre is cut to image_size", limit=POSITIVE, unit="pixels"
     )
+    resampling: str = key(
+        "how images are resized, in training and evaluation alike; mixed: OpenCV's linear and Pillow's bicubic",
+        "mixed",
+        choices=("mixed", "bilinear", "area", "tf1_bilinear"),
+    )
     mean: list[float] = key("red, green, blue, subtracted", unit="0 ... 255")
     std: list[float] = key("red, green, blue, divided by", unit="0 ... 255")
     label_smoothing: float = key("share of the target spread over all classes", 0.0, limit=SHARE)

@@ -62,7 +62,14 @@ class Photographs:
             "epochs=1000",
         )
         return config.load(
-            RECIPE, [f"data.path={self.data}", f"data.workers={workers}", f"model.num_classes={classes}", *batch]
+            RECIPE,
+            [
+                f"data.path={self.data}",
+                f"data.workers={workers}",
+                f"model.num_classes={classes}",
+                "augment.resampling=mixed",  # tests/benchmarks/resize.json has what the others take
+                *batch,
+            ],
         )
 
     def encoded(self) -> list[bytes]:

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from lars.data.decode import BadImage, Encoded
 from lars.data.index import build_indexes
 from lars.data.loader import evaluation_batches, training_batches
 from lars.data.order import Order
+from lars.data.resample import resampled
 from lars.recipe import config
 from lars.recipe.refusal import RecipeError
 
@@ -162,35 +164,74 @@ def test_the_fingerprint_is_the_content_not_the_path(tmp_path) -> None:
     assert prints[0] == prints[1] != other
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 427), (301, 233), (1280, 960)])
-def test_evaluation_is_timms_transform_to_the_pixel(size: tuple[int, int]) -> None:
+def waves(width: int, height: int) -> bytes:
+    """A JPEG."""
+    y, x = np.mgrid[:height, :width]
+    planes = 128 + 100 * np.sin(x / 9 + y / 23), 255 * x / width, 128 + 90 * np.cos(y / 5)
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack(planes, -1).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def augment_of(*overrides: str) -> config.Augment:
+    return config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", list(overrides)).augment
+
+
+SIZES = [(500, 375), (375, 500), (640, 427), (301, 233), (1280, 960)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("way", "interpolation"), [("mixed", "bicubic"), ("bilinear", "bilinear")])
+def test_evaluation_is_timms_transform_to_the_pixel(size: tuple[int, int], way: str, interpolation: str) -> None:
     from timm.data import create_transform
 
-    augment = config.load(DEMO.parent / "resnet50/lars-b32k-90ep.yaml", []).augment
-    y, x = np.mgrid[: size[1], : size[0]]
-    pixels = np.stack([128 + 100 * np.sin(x / 9 + y / 23), 255 * x / size[0], 128 + 90 * np.cos(y / 5)], -1).astype(
-        np.uint8
-    )
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
     transform = create_transform(
-        (3, 224, 224), crop_pct=0.875, interpolation="bicubic", is_training=False, mean=(0, 0, 0), std=(1, 1, 1)
+        (3, 224, 224), crop_pct=0.875, interpolation=interpolation, is_training=False, mean=(0, 0, 0), std=(1, 1, 1)
     )
-    theirs = (
-        (transform(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")) * 255)
-        .round()
-        .byte()
-        .permute(1, 2, 0)
-        .numpy()
+    theirs = transform(Image.open(io.BytesIO(waves(*size))).convert("RGB")) * 255
+    ours = evaluation_image(waves(*size), augment_of(f"augment.resampling={way}"), 224)
+    assert np.array_equal(ours, theirs.round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sources_resampling_is_its_librarys_own_call(size: tuple[int, int]) -> None:
+    """The same box of the fully decoded image; "mixed", the control, is none of them."""
+    from torchvision.transforms import functional as F
+
+    from lars.data.augment import _random_box
+
+    image, row = (
+        Image.open(io.BytesIO(waves(*size))).convert("RGB"),
+        draws_of(0, np.array([0]), np.array([sum(size)]))[0],
     )
-    assert np.array_equal(evaluation_image(buffer.getvalue(), augment, 224), theirs)
+    left, top, right, bottom = _random_box(image.size, augment_of(), iter(row.tolist()))
+    cut = np.asarray(image)[top:bottom, left:right]
+    theirs = {
+        "bilinear": np.asarray(F.resized_crop(image, top, left, bottom - top, right - left, [224, 224])),
+        "area": cv2.resize(cut, (224, 224), interpolation=cv2.INTER_AREA),
+    }
+    ways = ("bilinear", "area", "mixed")
+    keys = [["augment.flip=0.0", f"augment.resampling={way}"] for way in ways]
+    ours = {way: training_image(waves(*size), augment_of(*key), 224, row) for way, key in zip(ways, keys)}
+    for way, pixels in theirs.items():
+        assert np.array_equal(ours[way], pixels), way
+        assert not np.array_equal(ours["mixed"], pixels), way
+
+
+def test_tensorflow_1s_bilinear_is_its_own() -> None:
+    """Red of tf.compat.v1.image.resize (2.21.0), and the whole where TensorFlow is installed."""
+    pixels = (np.arange(5 * 7 * 3) * 37 % 256).astype(np.uint8).reshape(5, 7, 3)
+    ours = resampled(pixels, (3, 2), "tf1_bilinear")
+    assert ours[:, :, 0].tolist() == [[0, 174, 91], [22, 196, 114]]  # 0, 173.667, 91.333, 22.5, 196.167, 113.833
+    tensorflow = pytest.importorskip("tensorflow")
+    pixels = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    theirs = tensorflow.compat.v1.image.resize(pixels[None], [160, 48]).numpy()[0]
+    assert np.array_equal(resampled(pixels, (48, 160), "tf1_bilinear"), np.rint(theirs))
 
 
 def test_a_large_photograph_is_decoded_small_and_looks_the_same() -> None:
     """Control: the full decode and Pillow's antialiased resize of the same box. Pixels are the same on every CPU."""
-    augment = config.load(
-        DEMO.parent / "resnet50/lars-b32k-90ep.yaml", ["augment.flip=0.0", "augment.scale=[0.5,1.0]"]
-    ).augment
+    augment = augment_of("augment.flip=0.0", "augment.scale=[0.5,1.0]", "augment.resampling=mixed")
     y, x = np.mgrid[:1800, :2400]
     pixels = np.stack([128 + 100 * np.sin(x / 90 + y / 230), 255 * x / 2400, 128 + 90 * np.cos(y / 50)], -1).astype(
         np.uint8

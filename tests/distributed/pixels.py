@@ -83,6 +83,11 @@ def hashes() -> dict[str, str]:
     found["crop and area, 32"] = digest(views(made, full, 32))  # far below half of what is decoded: area
     found["resize, then crop, 64"] = digest(views(made, replace(resnet, resize=80, pad=4), 64))
     found["crop and RandAugment, 96"] = digest(views(made, replace(full, randaugment="rand-m9-mstd0.5-inc1"), 96))
+    for way in ("bilinear", "area", "tf1_bilinear"):
+        like = replace(full, resampling=way, eval_resize=256)
+        for size in (224, 32):
+            found[f"resampling {way}, {size}"] = digest(views(made, like, size))
+        found[f"resampling {way}, evaluation"] = digest(evaluation_image(image, like, 224) for image in made)
     for recipe, images, size, resize in (("demo", demo, 67, 67), ("224", made, 224, 256), ("48", made, 48, 48)):
         augment = replace(alexnet, eval_resize=resize)
         found[f"evaluation, {recipe}"] = digest(evaluation_image(image, augment, size) for image in images)
