@@ -131,7 +131,7 @@ def model_card(of: Subject, result: dict[str, Any], digest: str) -> str:
         f"commit `{result.get('commit')}`",
     }
     if (way := recipe.augment.resampling) not in ("mixed", "bilinear"):
-        rows["images"] = f"trained and evaluated with `augment.resampling: {way}`; timm has no such, and takes bilinear"
+        rows["images"] = f"resized with `augment.resampling: {way}`; timm does not have it and takes bilinear"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\nlibrary_name: timm\ntags: [image-classification, timm]\n---\n# {recipe.name}\n\n"

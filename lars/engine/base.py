@@ -86,7 +86,7 @@ class Engine(ABC):
         self.mean = torch.tensor(self.recipe.augment.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(self.recipe.augment.std, device=self.device).view(1, 3, 1, 1)
         shades = torch.arange(256.0, device=self.device).expand(1, 3, 1, 256)
-        self.shades = shades.sub(self.mean).div_(self.std)  # what each byte of each channel becomes
+        self.shades = shades.sub(self.mean).div_(self.std).contiguous()  # what each byte of each channel becomes
         self.kernels = kernels() if self.device.type == "cpu" else None
         if runtime.activation_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
@@ -210,10 +210,11 @@ class Engine(ABC):
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 images (n, 3, size, size) to the device, where they are normalised, in the model's memory format."""
-        if self.kernels and images.is_contiguous(memory_format=torch.channels_last):
+        fits = images.dtype == torch.uint8 and images.shape[1] == 3  # what is not the loader's goes the plain way
+        if fits and self.kernels and images.is_contiguous(memory_format=torch.channels_last):
             pixels = torch.empty(images.shape, memory_format=self.memory_format)
             where = images.data_ptr(), self.shades.data_ptr(), pixels.data_ptr()
-            shape = len(images), images[0, 0].numel(), self.memory_format == torch.contiguous_format
+            shape = len(images), images.shape[2] * images.shape[3], self.memory_format == torch.contiguous_format
             self.kernels.lars_pixels(*where, *shape)
             return pixels
         pixels = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-_MEMORY = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64  # two contiguous tensors on the CPU, and their elements
+_MEMORY = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64  # addresses of two tensors, and their elements
 
 
 @cache

@@ -29,7 +29,7 @@ UPDATE_BYTES = 28  # per weight and step of LARS: seven streams of 4 bytes (norm
 INTEGER_BYTES, FLOAT_BYTES = 8, 4  # an element on the wire: the order-free sum, DDP
 BUCKET_BYTES = 25 * 2**20  # DDP's bucket_cap_mb: the first layers' gradients come last, and no backward is left to hide
 INTERVAL = (0.65, 1.21)
-"""A run takes so many times what is planned: 8 of 10 judged rows of tests/benchmarks/plan.json do (10th and 90th
+"""A run takes so many times what is planned: 19 of 25 judged rows of tests/benchmarks/plan.json do (10th and 90th
 percentile of published / planned)."""
 
 

@@ -3,7 +3,7 @@
 CLUSTER is a file of launch/clusters/ (or your own). It prints time, steps, passes, memory, bottleneck, cost, and the
 command that starts the run: the launch file and the largest `runtime.micro_batch` that fits. `--json` is for scripts.
 `--devices 8,16,64` plans for several numbers of such devices, with one micro_batch for all of them, and `--picture
-FILE` draws them. Nothing is trained or downloaded. Beside each time stands an interval: 8 of 10 published runs that the
+FILE` draws them. Nothing is trained or downloaded. Beside each time stands an interval: 19 of the 25 runs that the
 model was judged by lay in theirs (launch/clusters/README.md). Exit status 2, with one line, for what cannot be.
 """
 
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def seconds_interval(self) -> tuple[float, float]:
-        """Where 8 of 10 runs lay that the model was judged by."""
+        """Where 19 of the 25 runs lay that the model was judged by."""
         return self.seconds * INTERVAL[0], self.seconds * INTERVAL[1]
 
     @property

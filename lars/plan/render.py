@@ -18,7 +18,7 @@ def report(plan: Plan, file: Path, overrides: list[str]) -> str:
     parts = {
         "compute": step.compute,
         "order-free sum": step.summing,
-        "waiting for other devices' gradients": step.communication,
+        "waiting for other devices and their gradients": step.communication,
         "optimizer": step.update,
         "decoding" if step.decodes else "waiting for data": idle,
     }
@@ -100,7 +100,7 @@ def draw(plans: list[Plan], picture: Path) -> None:
     time.loglog(devices, minutes, marker="o", label="planned")
     time.loglog(devices, [minutes[0] * devices[0] / n for n in devices], linestyle=":", color="grey", label="ideal")
     low, high = zip(*(plan.seconds_interval for plan in plans))
-    time.fill_between(devices, [s / 60 for s in low], [s / 60 for s in high], alpha=0.2, label="8 of 10 judged runs")
+    time.fill_between(devices, [s / 60 for s in low], [s / 60 for s in high], alpha=0.2, label="19 of 25 judged runs")
     time.set_title(f"{plans[0].recipe.name}: minutes")
     time.legend()
     efficiency.semilogx(devices, [100 * share for share in efficiencies(plans)], marker="o")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ RESULTS = HERE / "results"
 DESIGN = yaml.safe_load((HERE / "design.yaml").read_text())
 FIXED, TARGET, METHODS = DESIGN["fixed"], DESIGN["target"], DESIGN["methods"]
 GUESSING = 10.0  # top-1 % of a run that diverged
+TRAINED = 45_000  # images
 
 
 @dataclass(frozen=True)
@@ -101,32 +103,70 @@ def tested(method: str, batch: int) -> list[float]:
     return [] if None in found else found
 
 
-def reached(run: Path) -> float | None:
-    """Steps until an evaluation reached the target, interpolated between that one and the one before; None if never."""
-    before = (0, GUESSING)
-    for line in read_lines(run / "metrics.jsonl", "eval"):
-        if line["top1"] >= TARGET["top1"]:
-            share = (TARGET["top1"] - before[1]) / (line["top1"] - before[1])
-            return before[0] + share * (line["step"] - before[0])
-        before = (line["step"], line["top1"])
-    return None
-
-
 def target_folder(setting: Setting, seed: int) -> Path:
     return RESULTS / "target" / setting.label / f"seed-{seed}"
 
 
+def steps_of(batch: int, epochs: int) -> int:
+    """Steps until so many epochs are over, at most those of a whole run, whose last epoch may end within a step."""
+    return min(math.ceil(epochs * TRAINED / batch), round(TARGET["rungs"][-1] * TRAINED / batch))
+
+
+def has_run(run: Path, steps: int) -> bool:
+    """Whether a run in the ledger went so far, or diverged before."""
+    found = read_result(run)
+    return diverged(found) or (found.get("steps") or 0) >= steps
+
+
+def evaluations(run: Path, within: float = math.inf) -> list[tuple[int, float]]:
+    """(step, top-1) of each evaluation in the first `within` steps."""
+    lines = read_lines(run / "metrics.jsonl", "eval")
+    return [(line["step"], line["top1"]) for line in lines if line["step"] <= within]
+
+
+def reached(run: Path, within: float = math.inf) -> float | None:
+    """Steps until an evaluation reached the target, interpolated between that one and the one before; None if never."""
+    before = (0, GUESSING)
+    for step, top1 in evaluations(run, within):
+        if top1 >= TARGET["top1"]:
+            return before[0] + (TARGET["top1"] - before[1]) / (top1 - before[1]) * (step - before[0])
+        before = (step, top1)
+    return None
+
+
+def search(method: str, batch: int) -> tuple[list[Setting], int]:
+    """What the ledger lacks of the first rung that is not complete, and that rung's steps; nothing when all is over.
+
+    The search ends with the rung in which some setting reaches the target: no other can do it in fewer steps later.
+    """
+    first, alive, steps = TARGET["seeds"][0], settings(TARGET, method, batch), 0
+    for epochs, survivors in zip(TARGET["rungs"], [*TARGET["survivors"], None]):
+        steps = steps_of(batch, epochs)
+        folders = {each: target_folder(each, first) for each in alive}
+        if missing := [each for each, run in folders.items() if not has_run(run, steps)]:
+            return missing, steps
+        if any(reached(run, steps) is not None for run in folders.values()):
+            break
+        last = {each: evaluations(run, steps)[-1:] for each, run in folders.items() if not diverged(read_result(run))}
+        scores = {each: last[each][0][1] if last.get(each) else GUESSING for each in alive}
+        alive = sorted(alive, key=lambda each: (-scores[each], each.k))[:survivors]
+    return [], steps
+
+
 def fastest(method: str, batch: int) -> Setting | None:
-    """The setting that reached the target in the fewest steps with the first seed; None if none did or was run."""
-    first = TARGET["seeds"][0]
-    steps = {each: reached(target_folder(each, first)) for each in settings(TARGET, method, batch)}
-    there = {each: count for each, count in steps.items() if count is not None}
-    return min(there, key=there.get) if there else None
+    """The setting that reached the target in the fewest steps; None if none did, or while the search is not over."""
+    missing, steps = search(method, batch)
+    runs = {each: target_folder(each, TARGET["seeds"][0]) for each in settings(TARGET, method, batch)}
+    there = {each: count for each, run in runs.items() if (count := reached(run, steps)) is not None}
+    return min(there, key=there.get) if there and not missing else None
 
 
-def steps_to_target(method: str, batch: int) -> list[float | None]:
-    """Of the fastest setting, a seed each, None for a seed that did not get there; [] while a run is missing."""
-    if (setting := fastest(method, batch)) is None:
+def steps_to_target(method: str, batch: int) -> list[float]:
+    """Of the fastest setting, a seed each, infinite where a run never got there; [] while a run is missing."""
+    if search(method, batch)[0]:
         return []
-    runs = [target_folder(setting, seed) for seed in TARGET["seeds"]]
-    return [reached(run) for run in runs] if all(read_result(run) for run in runs) else []
+    if (setting := fastest(method, batch)) is None:
+        return [math.inf] * len(TARGET["seeds"])
+    runs, last = [target_folder(setting, seed) for seed in TARGET["seeds"]], steps_of(batch, TARGET["rungs"][-1])
+    steps = [reached(run) or (math.inf if has_run(run, last) else None) for run in runs]
+    return [] if None in steps else steps

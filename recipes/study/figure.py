@@ -58,8 +58,9 @@ def _target(axis: Axes) -> None:
     """Steps fall as 1 / batch while scaling is perfect; the grey line does so from SGD's first point on."""
     batches = list(TARGET["rates"])
     for method in METHODS:
-        found = {b: [s for s in design.steps_to_target(method, b) if s is not None] for b in batches}
-        there = {batch: statistics.median(steps) for batch, steps in found.items() if steps}
+        found = {batch: design.steps_to_target(method, batch) for batch in batches}
+        medians = {batch: statistics.median(steps) for batch, steps in found.items() if steps}
+        there = {batch: steps for batch, steps in medians.items() if math.isfinite(steps)}
         axis.plot(list(there), list(there.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
         if method == "sgd" and batches[0] in there:
             perfect = [there[batches[0]] * batches[0] / batch for batch in batches]
@@ -79,11 +80,13 @@ def final_loss(label: str) -> float:
 
 
 def _stability(axis: Axes, batch: int) -> None:
-    """The better of the two settings at each rate: a line ends to rise where the method becomes unstable."""
+    """All settings as points, a line through the better ones: it turns upwards where the method becomes unstable."""
     for method in METHODS:
         losses: dict[int, list[float]] = {}
         for setting in design.settings(FIXED, method, batch):
             losses.setdefault(setting.k, []).append(final_loss(setting.label))
+        points = [(k, loss) for k, both in losses.items() for loss in both]
+        axis.scatter(*zip(*points), s=8, color=_COLOUR[method], alpha=0.5)
         best = {k: min(both) for k, both in losses.items() if not any(map(math.isnan, both))}
         axis.plot(list(best), list(best.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
     axis.set_title(f"final training loss, batch {batch:,}", fontsize=10)

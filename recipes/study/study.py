@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -27,7 +28,9 @@ from lars.recipe.refusal import RecipeError
 from lars.run.reading import diverged, read_result
 
 RUNS = Path("runs/study")
-TRAINED, _HELD_BACK, _ROWS_PER_FILE, _ROWS_PER_GROUP = 45_000, 5_000, 5_000, 100
+PLACES = ("tuning", "test", "target")  # folders of the ledger
+_HELD_BACK, _ROWS_PER_FILE, _ROWS_PER_GROUP = 5_000, 5_000, 100
+_running: set[subprocess.Popen] = set()
 
 
 def write_data(source: str, out: Path) -> None:
@@ -67,7 +70,7 @@ def train(place: str, setting: Setting, seed: int, overrides: Iterable[str] = ()
     """One run to its end and into the ledger; its result. A run that diverges is a result, too.
 
     Args:
-        place: folder of the ledger, "tuning", "test" or "target". The test images are seen by the runs of "test" alone.
+        place: one of PLACES. The test images are seen by the runs of "test" alone.
     """
     name = Path(place, setting.label, f"seed-{seed}")
     run, split = RUNS / name, "test" if place == "test" else "validation"
@@ -76,8 +79,10 @@ def train(place: str, setting: Setting, seed: int, overrides: Iterable[str] = ()
     recipe = HERE / f"{setting.method}.yaml"
     command = [sys.executable, str(HERE.parent / "train.py"), "--config", str(recipe), *free, *keys]
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "log.txt", "a") as log:
-        status = subprocess.run(command, stdout=log, stderr=log).returncode
+    with open(run / "log.txt", "a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        _running.add(process)
+        status = process.wait()
+        _running.remove(process)
     result = read_result(run)
     if result.get("status") != "finished" and not diverged(result):
         raise RuntimeError(f"{run} ended with status {status}: see {run}/log.txt")
@@ -94,14 +99,11 @@ def fixed_run(place: str, setting: Setting, seed: int) -> None:
         train(place, setting, seed, [f"epochs={epochs}", f"evaluation.every_epochs={epochs}"])
 
 
-def target_run(setting: Setting, seed: int, epochs: int) -> None:
-    """One run of the part with a target, at a constant rate, until so many epochs, unless the ledger has as many."""
-    steps = math.ceil(epochs * TRAINED / setting.batch)
-    before = design.result("target", setting.label, seed)
-    if diverged(before) or before.get("steps", 0) >= steps:
-        return
-    constant = [f"schedule.end_lr={setting.rate:g}", f"epochs={TARGET['rungs'][-1]}", f"max_steps={steps}"]
-    train("target", setting, seed, constant)
+def target_run(setting: Setting, seed: int, steps: int) -> None:
+    """One run of the part with a target, at a constant rate, for so many steps, unless the ledger has as many."""
+    if not design.has_run(design.target_folder(setting, seed), steps):
+        constant = [f"schedule.end_lr={setting.rate:g}", f"epochs={TARGET['rungs'][-1]}", f"max_steps={steps}"]
+        train("target", setting, seed, constant)
 
 
 Together = Callable[[Callable[..., None], Iterable[tuple]], None]
@@ -120,24 +122,18 @@ def fixed_epochs(batch: int, together: Together) -> None:
 
 
 def steps_to_target(method: str, batch: int, together: Together) -> None:
-    """The setting that reaches the target first, by one seed, in rungs; then the other seeds of it.
-
-    A rung in which a setting gets there is the last one: no other can do it in fewer steps later.
-    """
+    """The setting that reaches the target first, by one seed, rung by rung; then the other seeds of it."""
     first, *others = TARGET["seeds"]
-    alive = design.settings(TARGET, method, batch)
-    for epochs, survivors in zip(TARGET["rungs"], [*TARGET["survivors"], 0]):
-        together(target_run, ((setting, first, epochs) for setting in alive))
-        if design.fastest(method, batch):
-            break
-        alive = sorted(alive, key=lambda each: -design.top1("target", each.label, first))[:survivors]
+    while (rung := design.search(method, batch))[0]:
+        missing, steps = rung
+        together(target_run, ((setting, first, steps) for setting in missing))
     if (setting := design.fastest(method, batch)) is None:
         return
     if design.at_edge(TARGET, setting):
         raise RuntimeError(f"{setting.label}: at the edge of its rates; widen target.rates.{batch} in design.yaml")
     for epochs in TARGET["rungs"]:
         late = [seed for seed in others if design.reached(design.target_folder(setting, seed)) is None]
-        together(target_run, ((setting, seed, epochs) for seed in late))
+        together(target_run, ((setting, seed, design.steps_of(batch, epochs)) for seed in late))
 
 
 def study(jobs: int) -> None:
@@ -159,20 +155,29 @@ def study(jobs: int) -> None:
             raise
 
 
+def _terminated(number: int, frame: object) -> None:
+    """As a Ctrl-C, which reaches the runs as well: they save and stop."""
+    for process in list(_running):
+        process.terminate()
+    raise KeyboardInterrupt
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, _terminated)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     places = "CIFAR-10: the Hub's id, or a folder of Parquet with the same two columns"
     parser.add_argument("--data", default="uoft-cs/cifar10", help=places)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--fresh", action="store_true", help="train again what the ledger has: it is emptied first")
     args = parser.parse_args()
-    if args.fresh:
-        shutil.rmtree(RESULTS, ignore_errors=True)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         write_data(args.data, RUNS / "data")
+        for place in PLACES if args.fresh else ():
+            shutil.rmtree(RESULTS / place, ignore_errors=True)
+            shutil.rmtree(RUNS / place, ignore_errors=True)
         study(args.jobs)
-    except KeyboardInterrupt:  # it reached the runs as well: they save and stop
+    except KeyboardInterrupt:
         print("stopped: start again to go on", file=sys.stderr)
         return 75
     except (RecipeError, RuntimeError) as error:  # RuntimeError: a run that ended neither finished nor diverged

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import design
@@ -11,7 +13,6 @@ from design import FIXED, HERE, METHODS, RESULTS, TARGET
 from figure import TITLES, draw
 from scipy import stats
 
-from lars.commands.ledger import entries
 from lars.commands.tables import markdown, mean_and_spread, replace_marked
 
 README = HERE / "README.md"
@@ -19,13 +20,21 @@ README = HERE / "README.md"
 
 def progress() -> str:
     """How far the study is, in one sentence."""
-    a_method = len(design.settings(FIXED, "lars", min(FIXED["rates"])))
-    a_method += FIXED["finalists"] * len(FIXED["final_seeds"]) + len(FIXED["test_seeds"])
-    wanted = a_method * len(METHODS) * len(FIXED["rates"])
-    done = sum(len(entries(RESULTS / place)) for place in ("tuning", "test"))
-    reached = sum(bool(design.steps_to_target(m, b)) for m in METHODS for b in TARGET["rates"])
-    points = len(METHODS) * len(TARGET["rates"])
-    return f"Run so far: {done} of {wanted} runs at fixed epochs, {reached} of {points} points of steps to a target."
+    wanted, done = 0, 0
+    for method, batch in product(METHODS, FIXED["rates"]):
+        tried, best, chosen = (find(method, batch) for find in (tried_in_fixed, design.finalists, design.chosen))
+        runs = [("tuning", setting, FIXED["tuning_seed"]) for setting in tried]
+        runs += [("tuning", setting, seed) for setting in best for seed in FIXED["final_seeds"]]
+        runs += [("test", chosen, seed) for seed in FIXED["test_seeds"] if chosen]
+        done += sum(bool(design.result(place, setting.label, seed)) for place, setting, seed in runs)
+        wanted += len(tried) + FIXED["finalists"] * len(FIXED["final_seeds"]) + len(FIXED["test_seeds"])
+    points = [design.steps_to_target(method, batch) for method, batch in product(METHODS, TARGET["rates"])]
+    reached = f"{sum(map(bool, points))} of {len(points)} points of steps to a target"
+    return f"Run so far: {done} of {wanted} runs at fixed epochs, {reached}."
+
+
+def tried_in_fixed(method: str, batch: int) -> list[design.Setting]:
+    return design.settings(FIXED, method, batch)
 
 
 def holm(p_values: dict[tuple[int, str], float]) -> dict[tuple[int, str], float]:
@@ -43,7 +52,8 @@ def comparisons() -> dict[tuple[int, str], float]:
     if not all(found.values()):
         return {}
     others = [key for key in found if key[1] != "lars"]
-    return holm({key: stats.ttest_ind(found[key[0], "lars"], found[key], equal_var=False).pvalue for key in others})
+    p_values = {key: stats.ttest_ind(found[key[0], "lars"], found[key], equal_var=False).pvalue for key in others}
+    return holm({key: 1.0 if math.isnan(p) else p for key, p in p_values.items()})  # nan: all runs of both guess
 
 
 def accuracy_table() -> str:
@@ -68,10 +78,9 @@ def target_table() -> str:
     for batch in TARGET["rates"]:
         cells = [f"{batch:,}"]
         for method in METHODS:
-            steps = design.steps_to_target(method, batch)
-            got = sorted(step for step in steps if step is not None)
-            missed = f", {len(steps) - len(got)} never" * (len(got) < len(steps))
-            cells.append(f"{statistics.median(got):.0f} ({got[0]:.0f} to {got[-1]:.0f}{missed})" if got else "")
+            steps = sorted(design.steps_to_target(method, batch))
+            said = ["never" if math.isinf(step) else f"{step:.0f}" for step in steps]
+            cells.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})" if said else "")
         rows.append(cells)
     return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
 

@@ -84,7 +84,7 @@ def ours(case: tuple[str, int, int, int], processes: int, data: Path, run: Path)
 
 def rival(peer: str, case: tuple[str, int, int, int], processes: int, data: Path, run: Path) -> tuple[list[str], Path]:
     model, size, batch, steps = case
-    words = [peer, "--data", str(data / "folder"), "--model", model, "--log", str(run / "log")]
+    words = [peer, "--data", str(data / "folder"), "--model", model, "--lines", str(run / "log")]
     words += ["--size", str(size), "--batch", str(batch), "--steps", str(steps), "--workers", "1"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
     start = [*torchrun, "-m"] if processes > 1 else ["-m"]

@@ -1,11 +1,11 @@
 """Three usual ways to train, as small loops: what `end_to_end.py` clocks beside `recipes/train.py`.
 
-    python -m tests.benchmarks.peers timm --data FOLDER --log FILE ...
+    python -m tests.benchmarks.peers timm --data FOLDER --lines FILE ...
 
 Neither timm's train.py, torchvision's references/classification nor accelerate's complete_cv_example is in a package,
 so each loop does what its original does with the parts that are: loader, transforms, model and engine. They read an
 image folder with `train` and `validation`, draw random resized crops and flips, and take SGD steps in float32. After
-each step, and after the evaluation at the end, a line goes into `--log`.
+each step, and after the evaluation at the end, a line goes into `--lines`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def endless(loader: Iterable) -> Iterable[tuple[Tensor, Tensor]]:
 def train(args: argparse.Namespace) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
+    if ranks > 1 and args.peer != "accelerate":
+        dist.init_process_group("gloo")  # before the loaders, whose samplers ask for the rank
     model: nn.Module = timm.create_model(args.model, num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     loaders = (timm_loaders if args.peer == "timm" else torchvision_loaders)(args, ranks)
@@ -85,10 +87,9 @@ def train(args: argparse.Namespace) -> None:
         accelerator = Accelerator(cpu=True)
         model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
     elif ranks > 1:
-        dist.init_process_group("gloo")
         model = DistributedDataParallel(model)
     first = int(os.environ.get("RANK", 0)) == 0
-    with open(args.log if first else os.devnull, "a", buffering=1) as log:
+    with open(args.lines if first else os.devnull, "a", buffering=1) as log:
         for step, (images, labels) in zip(range(args.steps), endless(loaders[0])):
             loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
             optimizer.zero_grad()
@@ -111,7 +112,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=("timm", "torchvision", "accelerate"))
     parser.add_argument("--data", required=True)
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--model", required=True)
     for number in ("size", "batch", "steps", "workers"):
         parser.add_argument(f"--{number}", type=int, required=True)

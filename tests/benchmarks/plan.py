@@ -246,11 +246,13 @@ MARKS = "<!-- plan: written by `python -m tests.benchmarks.plan` -->\n", "<!-- e
 
 def page_table(result: dict) -> str:
     """What stands between the marks of launch/clusters/README.md."""
-    judged, (low, high) = sum(row["half"] == "judge" for row in result["rows"]), result["interval"]
+    ratios = [row["seconds"] / row["predicted_seconds"] for row in result["rows"] if row["half"] == "judge"]
+    judged, (low, high) = len(ratios), result["interval"]
+    inside = sum(low <= ratio <= high for ratio in ratios)
     lines = [
         f"Median absolute error of the {judged} judged rows: **{result['median']} %**; each publication counted once: "
         f"{result['median_one_a_publication']} %; worst: a factor of {result['worst_factor']}. "
-        f"8 of 10 judged runs took {low} to {high} times what is planned.",
+        f"{inside} of them took {low} to {high} times what is planned.",
         "",
         "Fitted: " + ", ".join(f"`{name}` {value:g}" for name, value in result["constants"].items()) + ".",
         "",
