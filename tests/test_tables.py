@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks import page as speed
 from conftest import DEMO, ROOT
 
 from lars.commands import ledger
@@ -150,7 +149,3 @@ def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:
             keep(run, tmp_path / "entry")
         (run / file).write_text(before)
     assert not (tmp_path / "entry").exists()
-
-
-def test_the_page_on_speed_is_what_the_committed_benchmarks_say() -> None:
-    assert speed.PAGE.read_text() == speed.page(), "run `python -m tests.benchmarks.page`"

@@ -11,11 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-import pyarrow as pa
-
-_C = ctypes.CDLL(None)
-_prctl, _PR_SET_PDEATHSIG = getattr(_C, "prctl", None), 1  # Linux has it
-_mallopt, _M_MMAP_THRESHOLD = getattr(_C, "mallopt", None), -3  # glibc has it
+_prctl, _PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linux has it
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -41,18 +37,6 @@ def fork(work: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def frugally(work: Callable[[], None]) -> None:
-    """In a process that gives memory back to the system as soon as it is freed.
-
-    A reader holds images of some 100 kB, taken one by one out of row groups of megabytes: malloc and Arrow's own
-    allocator would keep the gaps between them, as much again.
-    """
-    if _mallopt:
-        _mallopt(_M_MMAP_THRESHOLD, 1 << 15)  # bytes; a larger piece is a mapping of its own
-    pa.set_memory_pool(pa.system_memory_pool())
-    work()
 
 
 def _end_with(parent: int) -> None:

@@ -12,14 +12,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from lars.data.forked import fork, frugally
+from lars.data.forked import fork
 from lars.data.index import Index
 from lars.data.order import Order
 from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end
@@ -180,7 +179,7 @@ class Loader:
         self.failure: tuple[int, Exception] | None = None
         serve = Serving(reader, passes, self.shared, self.pipes, together)
         decode = Decoding(recipe, training, self.size_of, self.shared, self.pipes)
-        self.children = {fork(partial(frugally, serve.run)): "reading"}
+        self.children = {fork(serve.run): "reading"}
         self.children |= {fork(decode.run): "decoding" for _ in range(workers)}
         self.close = weakref.finalize(self, end, self.children, self.pipes, self.shared)
         self.pipes.keep(self.pipes.news[0], self.pipes.free[1])

@@ -18,6 +18,7 @@ import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import cv2
@@ -26,6 +27,7 @@ import torch
 
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import MAX_BYTES, BadImage
+from lars.data.malloc import return_freed
 from lars.data.reader import Pass, Reader, Samples
 from lars.data.source import DataError, DecoderError
 from lars.recipe.keys import Recipe
@@ -104,11 +106,9 @@ class Pipes:
 def end(children: dict[int, str], pipes: Pipes, shared: Shared) -> None:
     """Of a loader: its processes, the pipes, the pinning."""
     for child in children:
-        try:
+        with suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)  # they own nothing that could be lost
             os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            continue
     for end in pipes.open:
         os.close(end)
     shared.unpin()
@@ -146,6 +146,7 @@ class Serving:
         self.tasks: deque[_Task] = deque()  # in the order of their places in the arena, which is a ring
 
     def run(self) -> None:
+        return_freed()
         self.poll = select.poll()
         for end in (self.pipes.back[0], self.pipes.free[0]):
             self.poll.register(end, select.POLLIN)
@@ -175,10 +176,8 @@ class Serving:
         count = len(samples.ids)
         self.shared.labels[slot, :count], self.shared.ids[slot, :count] = samples.labels, samples.ids
         self.shared.counts[slot] = count, 0
-        several, size = [], 0
-        for place, (sample_id, epoch, data) in enumerate(
-            zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)
-        ):
+        several, size, each = [], 0, zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)
+        for place, (sample_id, epoch, data) in enumerate(each):
             several.append(_Sample(place, sample_id, epoch, data))
             size += len(data or b"")
             if len(several) == self.together or size > MAX_BYTES // 4 or place == count - 1:

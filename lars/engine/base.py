@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
+from lars.data.malloc import keep_freed
 from lars.data.mix import group_size, mix
 from lars.engine.average import Average, named_in_checkpoint, parted
 from lars.exact.ghost_batchnorm import GhostBatchNorm2d, update_running
@@ -56,6 +57,8 @@ class Engine(ABC):
         self.rank = self.accelerator.process_index
         _assert_processes(self.accelerator, launched.processes)
         self.pin_arithmetic()
+        if self.device.type == "cpu":
+            keep_freed()
 
     def pin_arithmetic(self) -> None:
         """Settle what changes bits; again once the engine is built: accelerate and engines have their own ideas."""
