@@ -83,7 +83,7 @@ def test_timm_resizes_as_the_run_did_or_the_card_says_that_it_cannot(
     assert json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]["interpolation"] == timms
     of = subject(Namespace(subject=f"local-dir:{tmp_path / 'out'}", recipe=None, data=None, best=False, ema=False))
     assert of.recipe.augment.resampling == back
-    assert ("timm has no such" in model_card(of._replace(recipe=recipe), {}, "")) == (way == "area")
+    assert ("timm does not have it" in model_card(of._replace(recipe=recipe), {}, "")) == (way == "area")
 
 
 def test_a_run_without_a_checkpoint_is_refused_in_a_line(

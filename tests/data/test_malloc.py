@@ -17,12 +17,14 @@ from lars.data.malloc import keep_freed
 torch.set_num_threads(1)
 if "keep" in sys.argv:
     keep_freed()
-def faults():
+def step():  # as a forward makes tensors and a backward frees them
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(48 << 18)  # 48 MB
+    kept = [torch.ones((37 + 5 * n) << 18) for n in range(8)]
+    while kept:
+        kept.pop()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(min(faults() for _ in range(3)))
+step()
+print(sum(step() for _ in range(5)))
 """
 
 HELD = """
@@ -44,9 +46,9 @@ def number(script: str, *words: str) -> float:
     return float(done.stdout)
 
 
-def test_a_tensor_that_is_made_anew_in_each_step_takes_the_pages_of_the_last_one() -> None:
-    pages = (48 << 20) // (2 << 20)  # at least, where the system gives pages of 2 MiB; 12,288 of 4 KiB
-    assert number(FAULTS, "keep") < pages <= number(FAULTS)
+def test_tensors_of_a_step_take_the_pages_of_the_last_one() -> None:
+    """Not all, since an aligned piece needs a larger gap than it leaves behind; the control has every fault anew."""
+    assert number(FAULTS, "keep") < number(FAULTS) / 2
 
 
 def test_a_reader_gives_back_what_its_images_took() -> None:

@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "hostile.md"
 HEAD = (
-    "# What is promised against which input\n\n"
+    "# What is promised against which input?\n\n"
     'Each row is a test of `tests/hostile/`. "Refused" means one line on stderr that names the remedy, exit status 2, '
     "and nothing\nwritten or lost. `make test` runs all rows but those marked (long), which `make test-long` runs.\n"
 )
