@@ -256,7 +256,7 @@ def convert(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to stop it is a Ctrl-C, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems stop a job with it: as Ctrl-C
     try:
         convert(arguments)
     except (RecipeError, Unfinished) as error:

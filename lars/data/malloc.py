@@ -1,7 +1,7 @@
 """What glibc's malloc does with freed memory: whether the next tensor finds it, or the system has it back.
 
-By default a piece beyond 32 MB is a mapping of its own, and every use of one begins with page faults: 0.6 of the 4.1
-seconds of a step of ResNet-50 at 128 pixels. No number depends on any of this. Other C libraries are left alone.
+By default a large piece is a mapping of its own, and every new one begins with a page fault for each of its pages. No
+number depends on any of this. Other C libraries are left alone.
 """
 
 from __future__ import annotations

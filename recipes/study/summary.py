@@ -22,19 +22,16 @@ def progress() -> str:
     """How far the study is, in one sentence."""
     wanted, done = 0, 0
     for method, batch in product(METHODS, FIXED["rates"]):
-        tried, best, chosen = (find(method, batch) for find in (tried_in_fixed, design.finalists, design.chosen))
+        tried, chosen = design.settings(FIXED, method, batch), design.chosen(method, batch)
+        finalists = design.finalists(method, batch)
         runs = [("tuning", setting, FIXED["tuning_seed"]) for setting in tried]
-        runs += [("tuning", setting, seed) for setting in best for seed in FIXED["final_seeds"]]
+        runs += [("tuning", setting, seed) for setting in finalists for seed in FIXED["final_seeds"]]
         runs += [("test", chosen, seed) for seed in FIXED["test_seeds"] if chosen]
         done += sum(bool(design.result(place, setting.label, seed)) for place, setting, seed in runs)
         wanted += len(tried) + FIXED["finalists"] * len(FIXED["final_seeds"]) + len(FIXED["test_seeds"])
     points = [design.steps_to_target(method, batch) for method, batch in product(METHODS, TARGET["rates"])]
     reached = f"{sum(map(bool, points))} of {len(points)} points of steps to a target"
     return f"Run so far: {done} of {wanted} runs at fixed epochs, {reached}."
-
-
-def tried_in_fixed(method: str, batch: int) -> list[design.Setting]:
-    return design.settings(FIXED, method, batch)
 
 
 def holm(p_values: dict[tuple[int, str], float]) -> dict[tuple[int, str], float]:

@@ -14,7 +14,9 @@ import sys
 from importlib.metadata import version
 
 from tests.benchmarks.optimizer_step import cpu_model
-from tests.benchmarks.reduction import ELEMENTS, exchange
+from tests.benchmarks.reduction import ELEMENTS, exchange  # it makes `distributed` known
+
+from distributed.nodes import obstacle  # isort: skip
 
 RATES = ("1gbit", "10gbit")
 NODES = ("lars-wire-0", "lars-wire-1")
@@ -68,6 +70,8 @@ def main() -> None:
     if args.rank is not None:
         print(json.dumps(exchange(args.rank, len(NODES), "tcp://10.77.0.1:29600")))
         return
+    if why := obstacle():
+        sys.exit(f"error: {why}")
     machine = {"cpu": cpu_model(), "torch": version("torch"), "load": os.getloadavg()}
     found = {"machine": machine, "elements": ELEMENTS, "rates": {rate: measure(rate) for rate in RATES}}
     if args.json:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import DEMO, ROOT
+
+from lars.data import processes
+from lars.engine import base
+from lars.engine.plain import Plain
+from lars.recipe import config
+from lars.recipe.launched import Launched
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's options are glibc's")
 
@@ -54,3 +62,27 @@ def test_tensors_of_a_step_take_the_pages_of_the_last_one() -> None:
 def test_a_reader_gives_back_what_its_images_took() -> None:
     """A twentieth of the images are still held, each between others that are not."""
     assert number(HELD, "return") > 80 > number(HELD)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
+def test_an_engine_on_a_cpu_keeps_it(device: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    accelerator = SimpleNamespace(device=torch.device(device), process_index=0)
+    monkeypatch.setattr(base, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setattr(base, "_assert_processes", lambda *_: None)
+    monkeypatch.setattr(base, "keep_freed", lambda: calls.append(1))
+    monkeypatch.setattr(base.Engine, "pin_arithmetic", lambda self: None)  # it would pin this process
+    Plain(config.load(DEMO / "alexnet.yaml", []), Launched("plain", 1))
+    assert len(calls) == kept
+
+
+def test_a_reader_begins_with_giving_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Called(Exception):
+        pass
+
+    def called() -> None:
+        raise Called
+
+    monkeypatch.setattr(processes, "return_freed", called)
+    with pytest.raises(Called):
+        processes.Serving.run(SimpleNamespace())
