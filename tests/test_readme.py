@@ -213,6 +213,12 @@ def test_the_tables_of_the_data_card_are_the_committed_measurements() -> None:
     assert rate["ours"] >= 2.5 * rate["timm"] and rate["ours"] >= 1.3 * rate[loader.DALI]
 
 
+def test_the_page_on_speed_is_written_from_the_committed_measurements() -> None:
+    from benchmarks import page as speed
+
+    assert speed.PAGE.read_text() == speed.page(), "write it anew: python -m tests.benchmarks.page"
+
+
 def test_the_tables_of_resizing_are_the_committed_measurement() -> None:
     from benchmarks import resize
 

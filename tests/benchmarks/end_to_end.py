@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, int, int, int]] = {
     "resnet50 at 128": ("resnet50", 128, 32, 8),
     "resnet50 at 224": ("resnet50", 224, 16, 8),
 }
-IMAGES = 1000
+IMAGES = 1280  # a tenth is for the evaluation, a number of whole chunks of each process in every case
 
 
 def ours(case: tuple[str, int, int, int], processes: int, data: Path, run: Path) -> tuple[list[str], Path]:
@@ -86,9 +86,15 @@ def rival(peer: str, case: tuple[str, int, int, int], processes: int, data: Path
     model, size, batch, steps = case
     words = [peer, "--data", str(data / "folder"), "--model", model, "--lines", str(run / "log")]
     words += ["--size", str(size), "--batch", str(batch), "--steps", str(steps), "--workers", "1"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
-    start = [*torchrun, "-m"] if processes > 1 else ["-m"]
-    return [sys.executable, *start, "tests.benchmarks.peers", *words], run / "log"
+    if processes == 1:
+        start = [sys.executable, "-m"]
+    elif peer == "accelerate":  # started as its documentation does it, and like ours
+        launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "launch/cpu-2.yaml"]
+        start = [sys.executable, "-m", *launcher, "-m"]
+    else:
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
+        start = [sys.executable, "-m", *launcher, "-m"]
+    return [*start, "tests.benchmarks.peers", *words], run / "log"
 
 
 def tree(process: psutil.Process) -> tuple[float, int]:

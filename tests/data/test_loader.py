@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT
 
 from lars.commands import show
 from lars.data.augment import draws_of, training_image
@@ -136,6 +140,29 @@ def test_a_row_group_is_read_once_an_epoch_or_there_is_a_warning(
         assert reader.reads == 2 * groups and not caplog.records and not reader.sizes and not reader.held
     else:
         assert reader.reads > 2 * groups and "row groups are read more than once" in caplog.text
+
+
+_READ = """
+import pickle, sys
+import numpy as np
+from lars.data.reader import Reader
+index, data, ids = pickle.load(sys.stdin.buffer)
+wanted = np.isin(np.arange(index.samples), ids)
+reader = Reader(index, data, 10, lambda epoch: wanted.copy(), needed=0.0)
+samples = next(reader.samples([(ids, np.zeros_like(ids))]))
+assert [*map(len, samples.images)] and "pandas" not in sys.modules
+print(samples.labels.tolist())
+"""
+
+
+def test_a_reader_does_not_import_pandas(recipe: Recipe, index: Index) -> None:
+    """Half a second at each start of a loader on every rank but the first, which has it from `datasets`."""
+    ids = np.arange(3, index.samples, 7)
+    sent = pickle.dumps((index, recipe.data, ids))
+    done = subprocess.run([sys.executable, "-c", _READ], input=sent, capture_output=True, cwd=ROOT)
+    assert not done.returncode, done.stderr.decode()
+    rows = [row for file in index.files for row in pq.read_table(file).to_pylist()]
+    assert json.loads(done.stdout) == [rows[i]["label"] for i in ids]
 
 
 def resident(pids: list[int]) -> int:
