@@ -8,6 +8,7 @@ environment, 75 stopped by a signal after saving (start again to resume), anythi
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from lars.recipe import command_line, config
 
 command_line.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
+gc.disable()  # imports leave no garbage, and to look for it among their objects is a quarter of the start
 
 import torch
 from accelerate.utils import gather_object
@@ -48,6 +50,9 @@ from lars.run.signals import EXIT_STOPPED, StopRequest, interrupts_end_at_once
 from lars.run.sources import sources
 from lars.run.watchdog import Watchdog
 
+gc.freeze()  # what is imported stays
+gc.enable()
+
 
 class Training:
     """One run of a recipe on this process."""
@@ -60,8 +65,7 @@ class Training:
         self.watchdog = Watchdog(peers, recipe.runtime, partial(self.folder.end, "failed"))
         self.writer = CheckpointWriter(self.folder.path, recipe.checkpoint, self.folder.lock.check)
         self.step, self.samples_hash, self.bad_images, self.seconds, self.evaluation = 0, 0, 0, 0.0, {}
-        self.data_error: Exception | None = None  # why this process has no samples
-        self.engine = None
+        self.engine, self.data_error = None, None  # the latter: why this process has no samples
 
     def setup(self, checked: Preflight) -> bool:
         """Agreement on what rank 0 has `checked`, engine, model, newest checkpoint; False if it is finished."""
@@ -95,13 +99,11 @@ class Training:
         same_weights(peers, self.engine.weights(), self.step)
         self.sums = self.engine.sums(plan.passes, counts=3)
         self.audit = Audit(self.order, self.step, self.samples_hash)
-        facts, why = strength(peers, self.engine, recipe, state)
-        content = same_content(peers, self.indexes, state.content if state else ())
-        facts |= {"data_fingerprint": self.fingerprint, **content}
+        facts, promise = strength(peers, self.engine, recipe, state)
+        facts |= same_content(peers, self.indexes, state.content if state else ())
         self.folder.open(recipe, self.sources, self.step, self.evaluation, facts)
         self.mllog = MLLog(recipe, plan, self.val_index.samples, self.step, writes=self.rank == 0)
         self.folder.tracker = trackers.start(self.engine.accelerator, recipe)
-        promise = f"{facts['reproducibility']} ({why})" if why else facts["reproducibility"]
         engine = f"{self.engine.name} on {self.engine.device.type}, {promise}"
         self.folder.say(f"{plan.start_up_line()} | {engine}\n{checked.memory}\n{groups}")
         return True

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lars.data.content import content_fingerprint
-from lars.data.index import Index, on_this_node
+from lars.data.index import Index, fingerprint, on_this_node
 from lars.data.reader import check_memory
 from lars.data.source import DataError
 from lars.exact import portable
@@ -57,7 +57,7 @@ def here(peers: Peers, index: Index, data: Data) -> Index:
 
 
 def same_content(peers: Peers, indexes: tuple[Index, Index], before: Sequence[str] = ()) -> dict[str, str | None]:
-    """Let all processes know which bytes each of them has read; the result's `content_fingerprint`.
+    """Let all processes know which bytes each of them has read; the result's fingerprints of the data.
 
     Args:
         before: what a checkpoint kept, of each split.
@@ -84,7 +84,8 @@ def same_content(peers: Peers, indexes: tuple[Index, Index], before: Sequence[st
                 "nodes need the same data; nothing since the last checkpoint is saved"
             )
         index.content.learn(np.where(read[:, None], high, 0))
-    return {"content_fingerprint": content_fingerprint([index.content for index in indexes])}
+    content = content_fingerprint([index.content for index in indexes])
+    return {"data_fingerprint": fingerprint(*indexes), "content_fingerprint": content}
 
 
 def same_weights(peers: Peers, weights: dict[str, Tensor], step: int) -> str:
@@ -101,7 +102,7 @@ def same_weights(peers: Peers, weights: dict[str, Tensor], step: int) -> str:
 
 
 def strength(peers: Peers, engine: Engine, recipe: Recipe, resumed: State | None) -> tuple[dict[str, Any], str]:
-    """What the result says of a run's promise and of where it was made; and why the promise is not the expected one.
+    """What the result says of a run's promise and of where it was made; the promise with a reason, if it is weaker.
 
     Args:
         engine: built, so that its numeric environment is the one that will train.
@@ -119,7 +120,7 @@ def strength(peers: Peers, engine: Engine, recipe: Recipe, resumed: State | None
                 why = f"its steps so far were made with {key} {short(before.get(key))}, not {short(value)}"
                 break
     made = {"world_size": peers.processes, "engine": engine.name, "reproducibility": now}
-    return {**made, "environment": everybody[0], "other_environments": others}, why
+    return {**made, "environment": everybody[0], "other_environments": others}, f"{now} ({why})" if why else now
 
 
 def _strength_from_here(

@@ -28,6 +28,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DEMO, ROOT, launch_line
 
+from lars.run.sources import commit
 from tests.benchmarks import photos
 from tests.benchmarks.optimizer_step import cpu_model
 
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": version("torch"), "load": os.getloadavg()}
-    found: dict[str, Any] = {"machine": machine, "rows": []}
+    found: dict[str, Any] = {"machine": machine, "commit": commit(), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         photos.write(data / "parquet", IMAGES, data / "folder" / "train")

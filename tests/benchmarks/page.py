@@ -16,6 +16,22 @@ Written by `python -m tests.benchmarks.page` from the results of `make bench` th
 Each comparison was made within one run on one machine, rivals in turns. More images a second are better, fewer
 milliseconds are. The loader's table stands in [lars/data/README.md](../lars/data/README.md).
 """
+TAIL = """
+## Where it is not ahead, and what stands in the way
+
+- **The start.** A run imports `datasets` and counts the memory it will take before its first step; the others do
+  neither. `accelerate launch` imports torch and accelerate for itself before it starts a process. `torchrun` starts
+  the same run, with the same bits, sooner.
+- **Memory.** The order-free sum keeps 12 bytes for each weight. On a CPU freed memory is kept for the next step,
+  which is what makes the steps faster, and `datasets` brings pandas along.
+- **The evaluation of few images.** Each evaluation begins with a loader of its own, and a process takes whole chunks
+  of `micro_batch` images.
+- **LARS beside SGD.** Both norms have to be known before the first weight moves, so weights and gradients are read
+  twice.
+- **Decoding.** Whole images are decoded where the crop is a part of them. libjpeg-turbo can skip the rest, but no
+  package that is kept well offers its calls, and a library of the system's may give other pixels than the packaged
+  one: pixels are part of the promise.
+"""
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -48,7 +64,7 @@ def whole_runs(found: dict[str, Any]) -> str:
 `recipes/train.py` with its default keys beside small loops that do what timm's train.py, torchvision's references and
 accelerate's example do with the parts that are in their packages: the same photographs, augmentation, batch, precision,
 processes and decoding processes, one thread each. {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]};
-load before it {machine["load"][0]:.2f}. Medians of {number} rounds.
+load before it {machine["load"][0]:.2f}, commit {found["commit"][:7]}. Medians of {number} rounds.
 
 """
     return told + table((*head, "memory of all processes, MiB", "seconds (CPU s) to the first step"), rows)
@@ -107,7 +123,7 @@ def page() -> str:
     names = ("end_to_end", "step", "reduction", "wire")
     found = {name: json.loads((HERE / f"{name}.json").read_text()) for name in names}
     exchange = order_free_sum(found["reduction"], found["wire"]["rates"])
-    parts = HEAD, whole_runs(found["end_to_end"]), step(found["step"]), exchange
+    parts = HEAD, whole_runs(found["end_to_end"]), step(found["step"]), exchange, TAIL
     return "\n".join(parts)
 
 

@@ -195,8 +195,8 @@ def test_a_bitwise_run_that_changes_its_cpu_becomes_numeric(device: str | None, 
         made={"reproducibility": "bitwise", "environment": {**here, "device": device or here["device"]}}
     )
     recipe = config.load(DEMO / "alexnet.yaml", ["runtime.portable=false"])
-    found, why = agreement.strength(agreement.Peers(), engine, recipe, before)
-    assert found["reproducibility"] == given and ("another CPU" in why) == (given == "numeric")
+    found, promise = agreement.strength(agreement.Peers(), engine, recipe, before)
+    assert found["reproducibility"] == given and ("another CPU" in promise) == (given == "numeric")
 
 
 def test_the_pins_come_before_torch() -> None:
