@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +80,22 @@ def test_measured_processes_take_what_the_line_says_whatever_the_number_of_passe
         assert other == pytest.approx(stated, rel=0.1) and stated < first < stated + rows[0]["stated_mib"][0] / 3
     for rank in (0, 1):
         assert rows[2]["growth_mib"][rank] == pytest.approx(rows[0]["growth_mib"][rank], rel=0.03)
+
+
+_IMPORTS = """
+import gc, sys
+from contextlib import redirect_stdout
+import recipes.train
+assert gc.isenabled() and gc.get_freeze_count()
+gc.unfreeze()
+from lars.__main__ import main
+sys.argv = ["lars", "keys"]
+with redirect_stdout(sys.stderr):
+    main()
+assert gc.isenabled() and gc.get_freeze_count()
+"""
+
+
+def test_garbage_is_collected_again_once_all_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", _IMPORTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

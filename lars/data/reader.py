@@ -236,7 +236,7 @@ class Reader:
             raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
         if labels.null_count:
             raise RecipeError(missing_labels(name, number, labels.null_count))
-        labels = np.array(labels.to_pylist())  # to_numpy imports pandas: half a second in every reader
+        labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, half a second here
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
         if rows is None:
             parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
@@ -267,7 +267,7 @@ def _bytes_of(images: pa.ChunkedArray, rows: np.ndarray | None) -> list[bytes | 
     """Some rows, or all; of a dictionary, so that an image which is there a thousand times takes its memory once."""
     found: list[bytes | None] = []
     if rows is not None and len(rows) < len(images):
-        images = images.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))  # pa.array, too
+        images = images.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
     if not pa.types.is_dictionary(images.type):
         return images.to_pylist()
     for chunk in images.chunks:
