@@ -25,7 +25,8 @@ TAIL = """
 - **Memory.** The order-free sum keeps 12 bytes for each weight. On a CPU freed memory is kept for the next step,
   which is what makes the steps faster, and `datasets` brings pandas along.
 - **The evaluation of few images.** Each evaluation begins with a loader of its own, and a process takes whole chunks
-  of `micro_batch` images.
+  of `micro_batch` images. Images are resized by Pillow's bicubic filter, as timm's models are evaluated;
+  torchvision's references and accelerate's example take the bilinear one, which costs less.
 - **LARS beside SGD.** Both norms have to be known before the first weight moves, so weights and gradients are read
   twice.
 - **Decoding.** Whole images are decoded where the crop is a part of them. libjpeg-turbo can skip the rest, but no
