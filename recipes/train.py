@@ -18,7 +18,7 @@ from pathlib import Path
 from lars.recipe import command_line, config
 
 command_line.pin(sys.argv[1:])  # before anything imports torch, which reads its instruction set once
-gc.disable()  # imports leave no garbage, and to look for it among their objects is a quarter of the start
+gc.disable()  # imports leave no garbage, and to look for it among their objects takes long
 
 import torch
 from accelerate.utils import gather_object

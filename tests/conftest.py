@@ -30,12 +30,17 @@ sys.path.insert(0, str(ROOT))  # for `recipes.train` and `recipes.alexnet.model`
 from lars.recipe.launched import environment_of  # noqa: E402
 
 
-def launch_line(processes: int, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
-    """An `accelerate launch` line for CPU processes; train.py is the one of `recipe`'s repository."""
+def accelerate_line(processes: int) -> list[str]:
+    """`accelerate launch` for CPU processes, as far as the script."""
     file = ROOT / "launch" / ("cpu-1.yaml" if processes == 1 else "cpu-2.yaml")
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    return [*accelerate, "--num_processes", str(processes)]
+
+
+def launch_line(processes: int, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
+    """An `accelerate launch` line for CPU processes; train.py is the one of `recipe`'s repository."""
     train = recipe.parents[1] / "train.py"
-    return [*accelerate, "--num_processes", str(processes), str(train), "--config", str(recipe), *overrides]
+    return [*accelerate_line(processes), str(train), "--config", str(recipe), *overrides]
 
 
 def launch(processes: int, recipe: Path, *overrides: str, timeout: float = 240) -> subprocess.CompletedProcess:

@@ -236,7 +236,7 @@ class Reader:
             raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
         if labels.null_count:
             raise RecipeError(missing_labels(name, number, labels.null_count))
-        labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, half a second here
+        labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, in every reader
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
         if rows is None:
             parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]

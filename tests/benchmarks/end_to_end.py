@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DEMO, ROOT, launch_line
+from conftest import DEMO, ROOT, accelerate_line, launch_line
 
 from lars.run.sources import commit
 from tests.benchmarks import photos
@@ -88,14 +88,13 @@ def rival(peer: str, case: tuple[str, int, int, int], processes: int, data: Path
     words = [peer, "--data", str(data / "folder"), "--model", model, "--lines", str(run / "log")]
     words += ["--size", str(size), "--batch", str(batch), "--steps", str(steps), "--workers", "1"]
     if processes == 1:
-        start = [sys.executable, "-m"]
+        start = [sys.executable]
     elif peer == "accelerate":  # started as its documentation does it, and like ours
-        launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "launch/cpu-2.yaml"]
-        start = [sys.executable, "-m", *launcher, "-m"]
+        start = accelerate_line(processes)
     else:
-        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
-        start = [sys.executable, "-m", *launcher, "-m"]
-    return [*start, "tests.benchmarks.peers", *words], run / "log"
+        torchrun = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29666"]
+        start = [sys.executable, "-m", *torchrun]
+    return [*start, "-m", "tests.benchmarks.peers", *words], run / "log"
 
 
 def tree(process: psutil.Process) -> tuple[float, int]:

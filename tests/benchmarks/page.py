@@ -16,17 +16,16 @@ Written by `python -m tests.benchmarks.page` from the results of `make bench` th
 Each comparison was made within one run on one machine, rivals in turns. More images a second are better, fewer
 milliseconds are. The loader's table stands in [lars/data/README.md](../lars/data/README.md).
 """
-TAIL = """
-## Where it is not ahead, and what stands in the way
+TAIL = """## Where it is not ahead, and what stands in the way
 
 - **The start.** A run imports `datasets` and counts the memory it will take before its first step; the others do
-  neither. `accelerate launch` imports torch and accelerate for itself before it starts a process. `torchrun` starts
-  the same run, with the same bits, sooner.
+  neither. `accelerate launch` imports torch and accelerate for itself before it starts a process. At 83b5480 all three
+  others were started by `torchrun`, which starts our run too, with the same bits and sooner.
 - **Memory.** The order-free sum keeps 12 bytes for each weight. On a CPU freed memory is kept for the next step,
   which is what makes the steps faster, and `datasets` brings pandas along.
 - **The evaluation of few images.** Each evaluation begins with a loader of its own, and a process takes whole chunks
-  of `micro_batch` images. Images are resized by Pillow's bicubic filter, as timm's models are evaluated;
-  torchvision's references and accelerate's example take the bilinear one, which costs less.
+  of `micro_batch` images. Images are resized by Pillow's bicubic filter, as timm's models are evaluated; at 83b5480
+  all three others took the bilinear one, which costs less.
 - **LARS beside SGD.** Both norms have to be known before the first weight moves, so weights and gradients are read
   twice.
 - **Decoding.** Whole images are decoded where the crop is a part of them. libjpeg-turbo can skip the rest, but no

@@ -40,7 +40,7 @@ def timm_loaders(args: argparse.Namespace, ranks: int) -> tuple[Iterable, Iterab
             use_prefetcher=False,
             num_workers=args.workers,
             distributed=ranks > 1,
-            interpolation="bilinear" if training else "bicubic",  # train.py evaluates with the model's, which is this
+            interpolation="bilinear" if training else "bicubic",  # the filter of these models in timm
             mean=MEAN,
             std=STD,
             color_jitter=None,

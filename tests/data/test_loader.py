@@ -156,7 +156,7 @@ print(samples.labels.tolist())
 
 
 def test_a_reader_does_not_import_pandas(recipe: Recipe, index: Index) -> None:
-    """Half a second at each start of a loader on every rank but the first, which has it from `datasets`."""
+    """It would at each start of a loader, on every rank but the first, which has it from `datasets`."""
     ids = np.arange(3, index.samples, 7)
     sent = pickle.dumps((index, recipe.data, ids))
     done = subprocess.run([sys.executable, "-c", _READ], input=sent, capture_output=True, cwd=ROOT)
