@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -143,7 +143,7 @@ def test_a_row_group_is_read_once_an_epoch_or_there_is_a_warning(
 
 
 _READ = """
-import pickle, sys
+import hashlib, pickle, sys
 import numpy as np
 from lars.data.reader import Reader
 index, data, ids = pickle.load(sys.stdin.buffer)
@@ -151,7 +151,7 @@ wanted = np.isin(np.arange(index.samples), ids)
 reader = Reader(index, data, 10, lambda epoch: wanted.copy(), needed=0.0)
 samples = next(reader.samples([(ids, np.zeros_like(ids))]))
 assert [*map(len, samples.images)] and "pandas" not in sys.modules
-print(samples.labels.tolist())
+print(samples.labels.tolist(), hashlib.sha256(b"".join(samples.images)).hexdigest())
 """
 
 
@@ -162,7 +162,8 @@ def test_a_reader_does_not_import_pandas(recipe: Recipe, index: Index) -> None:
     done = subprocess.run([sys.executable, "-c", _READ], input=sent, capture_output=True, cwd=ROOT)
     assert not done.returncode, done.stderr.decode()
     rows = [row for file in index.files for row in pq.read_table(file).to_pylist()]
-    assert json.loads(done.stdout) == [rows[i]["label"] for i in ids]
+    digest = hashlib.sha256(b"".join(rows[i]["image"]["bytes"] for i in ids)).hexdigest()
+    assert done.stdout.decode() == f"{[rows[i]['label'] for i in ids]} {digest}\n"
 
 
 def resident(pids: list[int]) -> int:
