@@ -71,12 +71,15 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """What to say of a key that is not there: `lr` is told of `optimizer.lr`."""
+    """What to say of a key that is not there: the nearest ones (of `lr`: `optimizer.lr`), else those of its section."""
     section, _, last = key.rpartition(".")
     near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.75)
     names = [name for name in known if name.rpartition(".")[2] in near]
     names = [name for name in names if name.rpartition(".")[0] == section] or names
-    return f"unknown key {key!r}" + (f"; did you mean {' or '.join(map(repr, names))}?" if names else "")
+    if names:
+        return f"unknown key {key!r}; did you mean {' or '.join(map(repr, names))}?"
+    there = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(there) or 'no keys'}"
 
 
 def one_line(error: BaseException) -> str:

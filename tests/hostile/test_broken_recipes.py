@@ -177,9 +177,16 @@ def test_an_override_is_refused_in_one_line(
     assert words in complaint(capsys, new, *vit, override)
 
 
-def test_words_that_are_near_no_key_get_no_suggestion(capsys: pytest.CaptureFixture) -> None:
-    for key in ("nesterov", "clip_grad", "optimizer.nesterov", "learning_rate"):
-        assert complaint(capsys, f"{key}=1").endswith(f"unknown key {key!r}")
+def test_a_word_that_is_near_no_key_is_told_what_there_is(capsys: pytest.CaptureFixture) -> None:
+    for key, words in {
+        "nesterov": "; the top level has global_batch, bn_group, ",
+        "clip_grad": "clip_norm, ",
+        "learning_rate": "model, data, augment, optimizer, schedule, ",
+        "optimizer.nesterov": "; optimizer has name, lr, ",
+        "optimizer.learning_rate": "momentum_mode, ",
+    }.items():
+        said = complaint(capsys, f"{key}=1")
+        assert f"unknown key {key!r}; " in said and words in said and "did you mean" not in said
 
 
 @promised(
