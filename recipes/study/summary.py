@@ -61,9 +61,10 @@ def accuracy_table() -> str:
         for method in METHODS:
             top1, setting = design.tested(method, batch), design.chosen(method, batch)
             apart = ""
+            if ours and top1 and method != "lars":
+                apart = f"{statistics.mean(ours) - statistics.mean(top1):+.2f}"
             if (batch, method) in p_values:
-                gap = statistics.mean(ours) - statistics.mean(top1)
-                apart = f"{gap:+.2f} (p = {p_values[batch, method]:.2g})"
+                apart += f" (p = {p_values[batch, method]:.2g})"
             chosen = f"{setting.rate:g}, {setting.momentum:g}, {setting.warmup:g}" if setting else ""
             rows.append([f"{batch:,}", TITLES[method], chosen, mean_and_spread(top1, 2), apart])
     return markdown(["batch", "method", "rate, momentum, warm-up epochs", "top-1 %", "LARS less it"], rows)

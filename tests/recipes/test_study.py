@@ -222,8 +222,12 @@ def test_the_figures_are_drawn_from_what_is_there(ledger: Path, monkeypatch: pyt
     ledger.mkdir()
     figure.draw(ledger)
     assert not list(ledger.glob("*.png"))
-    for batch in FIXED["rates"]:
+    first, *others = FIXED["rates"]
+    study.fixed_epochs(first, together)
+    assert " | +0.00 |" in summary.accuracy_table() and "p =" not in summary.accuracy_table()
+    for batch in others:
         study.fixed_epochs(batch, together)
+    assert " | +0.00 (p = 1) |" in summary.accuracy_table()
     study.steps_to_target("sgd", 16384, together)
     figure.draw(ledger)
     assert {file.name for file in ledger.glob("*.png")} == {"accuracy.png", "target.png", "stability.png"}
