@@ -10,7 +10,7 @@ from lars.run.progress import outlive_output
 
 VERBS = {
     "new": ("lars.commands.new", "a recipe for a folder of your own images"),
-    "plan": ("lars.plan.plan", "how long a recipe takes on a cluster, and how much memory"),
+    "plan": ("lars.commands.plan", "how long a recipe takes on a cluster, and how much memory"),
     "keys": ("lars.commands.keys", "every key of a recipe, with its neutral value, limit and unit"),
     "show": ("lars.commands.show", "a picture of the images as a recipe trains on them"),
     "doctor": ("lars.commands.doctor", "are these machines ready? On all nodes, started like a run"),

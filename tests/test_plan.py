@@ -14,6 +14,7 @@ from benchmarks.plan import MARKS, START, fit, page_table, predicted, rows, summ
 from conftest import DEMO, ROOT
 from timm import create_model
 
+from lars.commands.plan import main
 from lars.plan.cluster import Cluster, Link, load_cluster
 from lars.plan.cost import (
     INTERVAL,
@@ -27,7 +28,7 @@ from lars.plan.cost import (
     ring_seconds,
     step_of,
 )
-from lars.plan.plan import Plan, choose_passes, main, make_plan, with_devices
+from lars.plan.plan import Plan, choose_passes, make_plan, with_devices
 from lars.plan.render import report
 from lars.recipe import config
 from lars.recipe.model_file import import_model_file

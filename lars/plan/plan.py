@@ -1,21 +1,11 @@
-"""`lars plan RECIPE CLUSTER [key=value ...]`: how long a recipe takes on a cluster, before anybody pays for it.
-
-CLUSTER is a file of launch/clusters/ (or your own). It prints time, steps, passes, memory, bottleneck, cost, and the
-command that starts the run: the launch file and the largest `runtime.micro_batch` that fits. `--json` is for scripts.
-`--devices 8,16,64` plans for several numbers of such devices, with one micro_batch for all of them, and `--picture
-FILE` draws them. Nothing is trained or downloaded. Beside each time stands an interval: 19 of the 25 runs that the
-model was judged by lay in theirs (launch/clusters/README.md). Exit status 2, with one line, for what cannot be.
-"""
+"""How long a recipe takes on a cluster and how much memory: `lars plan` prints it, `make tables` writes it."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import operator
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +13,7 @@ from typing import Any
 
 from lars.engine.build import build_model, sums_order_free
 from lars.engine.memory import kept_in, state_bytes
-from lars.plan.cluster import USABLE, Cluster, load_cluster
+from lars.plan.cluster import USABLE, Cluster
 from lars.plan.cost import (
     FLOAT_BYTES,
     INTEGER_BYTES,
@@ -37,11 +27,9 @@ from lars.plan.cost import (
     evaluation_seconds,
     step_of,
 )
-from lars.plan.render import draw, report, sweep_table
-from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
-from lars.recipe.refusal import RecipeError, refuses
+from lars.recipe.refusal import RecipeError
 from lars.recipe.schedule import evaluation_epochs, training_sizes
 
 KNOWN_DATA = {"ILSVRC/imagenet-1k": (1_281_167, 50_000, 110_000)}
@@ -231,33 +219,3 @@ def with_devices(cluster: Cluster, devices: int) -> Cluster:
         full = max(1, devices // size) * size
         raise RecipeError(f"{devices} devices do not fill nodes of {size}: use {full} or {full + size}")
     return replace(cluster, devices=devices, name=f"{devices:,} x {cluster.device.name}")
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted({int(part) for part in text.split(",")})
-
-
-@refuses(RecipeError)
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
-    parser.add_argument("cluster", type=Path, metavar="CLUSTER")
-    parser.add_argument("--json", action="store_true", help="one object, or a list with --devices")
-    parser.add_argument("--devices", type=_numbers, metavar="8,16,...", help="plan for these numbers of devices")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --devices: draw time and efficiency")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe, as in bn_group=16")
-    args = parser.parse_intermixed_args(arguments)
-    if args.picture and not args.devices:
-        parser.error("--picture draws a sweep: add --devices 8,16,64")
-    recipe = config.load(args.recipe, args.overrides)
-    cluster = load_cluster(args.cluster)
-    clusters = [with_devices(cluster, n) for n in args.devices] if args.devices else [cluster]
-    plans = [make_plan(recipe, each, sweep=args.devices or ()) for each in clusters]
-    if args.json:
-        print(json.dumps([p.as_dict() for p in plans] if args.devices else plans[0].as_dict(), indent=1))
-    else:
-        print(sweep_table(plans) if args.devices else report(plans[0], args.recipe, args.overrides))
-    if args.picture:
-        draw(plans, args.picture)
-        print(f"picture: {args.picture}", file=sys.stderr)
-    return 0

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lars.plan.cluster import USABLE
-
-if TYPE_CHECKING:  # it knows this file
-    from lars.plan.plan import Plan
+from lars.plan.plan import Plan
 
 
 def report(plan: Plan, file: Path, overrides: list[str]) -> str:

@@ -17,9 +17,9 @@ from conftest import DEMO, ROOT, start_ranks
 from promises import promised
 from safetensors.torch import save_file
 
+from lars.commands import plan
 from lars.data.source import DataError, Source
 from lars.engine.build import build_model
-from lars.plan import plan
 from lars.recipe import config, pretrained, refusal, strict_yaml
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import differing
