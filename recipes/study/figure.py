@@ -32,6 +32,7 @@ def draw(folder: Path) -> None:
         figure = Figure((12, 4), layout="constrained")
         for axis, batch in zip(figure.subplots(1, 3, sharey=True), sorted(FIXED["rates"])):
             _stability(axis, batch)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
         figure.savefig(folder / "stability.png", dpi=110)
 
 
@@ -90,6 +91,8 @@ def _stability(axis: Axes, batch: int) -> None:
         best = {k: min(both) for k, both in losses.items() if not any(map(math.isnan, both))}
         axis.plot(list(best), list(best.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
     axis.set_title(f"final training loss, batch {batch:,}", fontsize=10)
+    first, last = FIXED["rates"][batch]
+    axis.set_xticks(range(first, last + 1))
+    axis.set_xlim(first - 0.3, last + 0.3)
     axis.set_xlabel("k: the effective rate is base × 2^k")
     axis.grid(alpha=0.3)
-    axis.legend()
