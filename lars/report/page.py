@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lars.report import elements
 from lars.report.classes import classes
@@ -22,7 +22,6 @@ from lars.run.mllog import TARGET, seconds_to_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without black and without yellow (too faint on white).
 BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
@@ -63,35 +62,29 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
 
 
 def trust_curves(runs: dict[str, Run]) -> bytes:
-    """A PNG of the trust ratio of every layer over epochs, a panel for each of {title: run}, one above the other."""
-    from matplotlib.cm import ScalarMappable
+    """A PNG of the trust ratio of every layer over epochs, a panel for each of {title: run}, one above the other.
 
+    The first layer is dark, the last one light.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+
+    shades = ListedColormap(colormaps["viridis"](range(0, 230)))  # its end is too faint on white
     figure = elements.figure(6.0, 3.0 * len(runs) + 0.6)
     axes = figure.subplots(len(runs), 1, sharey=True, squeeze=False)[:, 0]
     for axis, (title, run) in zip(axes, runs.items()):
         _frame(axis, textwrap.fill(title, 60))
-        trust_lines(axis, run.trust, linewidth=0.9)
+        axis.set_yscale("log", nonpositive="mask")
+        layers = list(dict.fromkeys(layer for line in run.trust for layer in line["ratios"]))
+        for number, layer in enumerate(layers):
+            there = [line for line in run.trust if layer in line["ratios"]]
+            epochs, ratios = [line["epoch"] for line in there], [line["ratios"][layer] for line in there]
+            axis.plot(epochs, ratios, color=shades(number / max(1, len(layers) - 1)), linewidth=0.9)
     place = {"ax": list(axes), "location": "bottom", "fraction": 0.3 / len(runs), "aspect": 40}
-    bar = figure.colorbar(ScalarMappable(cmap=_shades()), ticks=[0, 1], **place)
+    bar = figure.colorbar(ScalarMappable(cmap=shades), ticks=[0, 1], **place)
     bar.ax.set_xticklabels(["first layer", "last layer"])
     return elements.png(figure)
-
-
-def trust_lines(axis: Axes, lines: list[dict[str, Any]], **style: Any) -> None:
-    """Draw the trust ratio of each layer, from a run's lines of that kind: dark the first layer, light the last."""
-    axis.set_yscale("log", nonpositive="mask")
-    shades, layers = _shades(), list(dict.fromkeys(layer for line in lines for layer in line["ratios"]))
-    for number, layer in enumerate(layers):
-        there = [line for line in lines if layer in line["ratios"]]
-        epochs, ratios = [line["epoch"] for line in there], [line["ratios"][layer] for line in there]
-        axis.plot(epochs, ratios, color=shades(number / max(1, len(layers) - 1)), label=layer, **style)
-
-
-def _shades() -> ListedColormap:
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(colormaps["viridis"](range(0, 230)))  # its end is too faint on white
 
 
 def _frame(axis: Axes, title: str) -> None:
