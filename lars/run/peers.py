@@ -117,25 +117,20 @@ class Peers:
         if self.rank == target:
             os.replace(beside, file)
 
-    def share(self, refused: RecipeError | None) -> None:
-        """Raise on all processes what one of them would raise alone.
+    def together(self, action: Callable[[], T]) -> T | None:
+        """Do what may be refused on this process alone, and end on all if it was.
 
         Raises:
             RecipeError: the first one's, with its rank and node where it is not rank 0's.
         """
-        found = [(rank, str(error)) for rank, error in enumerate(self.gather(refused)) if error is not None]
-        if found:
-            rank, error = found[0]
-            raise RecipeError(f"{self.name(rank)}: {error}" if rank else error)
-
-    def together(self, action: Callable[[], T]) -> T | None:
-        """Do what may be refused on this process alone, and end on all if it was."""
         result, refused = None, None
         try:
             result = action()
         except RecipeError as error:
             refused = error
-        self.share(refused)
+        for rank, error in enumerate(self.gather(refused)):
+            if error is not None:
+                raise RecipeError(f"{self.name(rank)}: {error}" if rank else str(error))
         return result
 
     def agree(self, facts: Mapping[str, Any]) -> None:
