@@ -117,14 +117,6 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
     return replace(index, files=names, states=states, root=root)
 
 
-def _digest(names: Sequence[str], footers: Sequence[bytes], described: Sequence[File]) -> str:
-    """Over base names, rows and footers: the structure, never the path."""
-    digest = hashlib.sha256()
-    for name, raw, file in zip(names, footers, described):
-        digest.update(f"{os.path.basename(name)} {file.rows} ".encode() + raw)
-    return digest.hexdigest()
-
-
 def _folder(data: Data) -> str:
     """`data.path` as a folder; where that holds images, the one beside it in which all of them are packed."""
     path = os.path.expanduser(data.place.removeprefix("file://"))
@@ -243,8 +235,11 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     file, group_in_file = (np.array([group[column] for group in groups]) for column in (0, 1))
     rows, spans, memory = (np.array([getattr(g, what) for *_, g in groups]) for what in ("rows", "span", "memory"))
     declared = _declared(root, names, described) if root else ()
-    digest, ends = _digest(names, footers, described), tuple(map(Footer.of, footers))
-    return Index(tuple(names), file, group_in_file, rows, digest, spans, ends, states, known, root, memory, declared)
+    digest, ends = hashlib.sha256(), tuple(map(Footer.of, footers))
+    for name, raw, part in zip(names, footers, described):
+        digest.update(f"{os.path.basename(name)} {part.rows} ".encode() + raw)
+    structure = digest.hexdigest()
+    return Index(tuple(names), file, group_in_file, rows, structure, spans, ends, states, known, root, memory, declared)
 
 
 def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:
