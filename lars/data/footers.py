@@ -96,7 +96,13 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with os.fdopen(outlet, "wb") as stream:
             for name, raw, state in zip(names, footers, states):
-                pickle.dump(_described(name, raw, int(state.split()[0]), data), stream)
+                try:
+                    said: File | RecipeError = _describe(name, raw, int(state.split()[0]), data)
+                except RecipeError as error:
+                    said = error
+                except Exception as error:  # whatever else pyarrow raises is about the file too
+                    said = RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}")
+                pickle.dump(said, stream)
                 stream.flush()
 
     child = fork(look)
@@ -142,15 +148,6 @@ def has_dictionary(group: pq.RowGroupMetaData, column: str) -> bool:
     return any(
         "DICTIONARY" in encoding for chunk in chunks if chunk.path_in_schema == column for encoding in chunk.encodings
     )
-
-
-def _described(name: str, raw: bytes, size: int, data: Data) -> File | RecipeError:
-    try:
-        return _describe(name, raw, size, data)
-    except RecipeError as error:
-        return error
-    except Exception as error:  # whatever else pyarrow raises is about the file too
-        return RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}")
 
 
 def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
