@@ -165,9 +165,7 @@ def rows(reports: Reports, names: Mapping[int, str]) -> dict[str, str]:
 
 
 def table(seen: Mapping[str, str]) -> Table:
-    drawn = Table()
-    for column in ("what", "seen"):
-        drawn.add_column(column)
+    drawn = Table("what", "seen")
     for what, value in seen.items():
         drawn.add_row(what, escape(hidden(value)))
     return drawn
