@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lars.optim.key import HOLDS
-from lars.recipe import pretrained
 from lars.recipe.keys import Recipe, declared
 from lars.recipe.refusal import RecipeError, did_you_mean
 
@@ -78,7 +77,6 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
             f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}"
         )
     _check_decay(recipe)
-    pretrained.weights_file(recipe.model.kwargs)
 
 
 def _check_sizes(recipe: Recipe) -> None:
