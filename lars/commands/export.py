@@ -19,6 +19,7 @@ import argparse
 import logging
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,12 @@ def write_onnx(of: Subject, file: Path) -> str:
 def _some_pixels(of: Subject) -> tuple[Tensor, str]:
     """Images of the validation split as the model has them, or noise where the data are not here."""
     augment, size, images = of.recipe.augment, of.recipe.model.image_size, []
-    try:
+    with suppress(RecipeError, OSError, KeyError, BadImage):
         file = resolve(of.recipe.data)[of.recipe.data.val_split][0]
         rows = pq.ParquetFile(file).read_row_group(0, columns=[of.recipe.data.image_column]).slice(0, _COMPARED)
         for image in rows[of.recipe.data.image_column].to_pylist():
             pixels = evaluation_image(image["bytes"], augment, size)
             images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-    except (RecipeError, OSError, KeyError, BadImage):
-        pass
     if images:
         return pixels_of(torch.stack(images), augment), "validation images"
     return torch.randn(_COMPARED, 3, size, size), "images of noise"

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,9 @@ def look(data: Data, classes: int, names: list[str] | None) -> tuple[int, str]:
     table = pq.ParquetFile(train.files[0]).read_row_group(0).slice(0, 200)
     sizes = []
     for image in table[data.image_column].to_pylist():
-        try:
+        with suppress(BadImage):
             encoded = Encoded(image["bytes"])
             sizes.append((encoded.width, encoded.height))
-        except BadImage:
-            continue
     counts: np.ndarray = sum(
         np.bincount(pq.read_table(file, columns=[data.label_column])[data.label_column].to_numpy(), minlength=classes)
         for file in train.files

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -101,10 +102,9 @@ def reproduce(
     command = launch_command(launch, processes, recipe, overrides)
     say(shlex.join(command))
     launcher = start(command)
-    try:
-        return run, launcher.wait() == 0
-    except KeyboardInterrupt:  # it has come to the launcher too, which ends once its run is saved
-        return run, launcher.wait() == 0
+    with suppress(KeyboardInterrupt):  # it has come to the launcher too, which ends once its run is saved
+        launcher.wait()
+    return run, launcher.wait() == 0
 
 
 def why_it_ended(run: Path, began: float) -> str:

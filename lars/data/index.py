@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -285,10 +286,8 @@ def _keep(source: Source, names: list[str], states: tuple[str, ...], footers: tu
     file = _cache_file(names, states)
     if source.local or file.exists() or not all(" " in state for state in states):  # a size alone is no version
         return
-    try:
+    with suppress(OSError):  # a home that cannot be written costs the next start a few requests
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.npz")
         np.savez(temporary, **{str(number): np.frombuffer(raw, np.uint8) for number, raw in enumerate(footers)})
         os.replace(temporary, file)
-    except OSError:  # a home that cannot be written costs the next start a few requests
-        return

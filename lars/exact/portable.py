@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -59,10 +60,8 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of the packages that decide the bits of a portable run, or of others; absent ones are left out."""
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

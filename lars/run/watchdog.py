@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -76,10 +77,8 @@ class Watchdog:
         """Tell the others why this process ends before they do."""
         self.reason = reason
         if self.store:
-            try:
+            with suppress(Exception):  # the store is gone, and with it whoever would read this
                 self._sign()
-            except Exception:  # the store is gone, and with it whoever would read this
-                return
 
     def blame(self, error: BaseException) -> str | None:
         """Who is gone, if this error is of an exchange that another process left; it takes some seconds to tell."""
