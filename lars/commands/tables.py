@@ -7,7 +7,6 @@ run has an empty cell.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
+from lars.report.groups import mean_and_spread
 from lars.report.report import committed_top1
 
 CLUSTER = Path("launch/clusters/h100-8.yaml")
@@ -43,14 +43,6 @@ class Prediction:
 
     micro_batch: int
     hours: float
-
-
-def mean_and_spread(values: list[float], digits: int = 1) -> str:
-    """81.0 ± 0.9: mean and standard deviation between seeds (n - 1); for one seed the mean alone, for none nothing."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

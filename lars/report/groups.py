@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def differing(groups: list[Group]) -> list[str]:
     known = [group.keys for group in groups if group.keys]
     every = dict.fromkeys(key for keys in known for key in keys)
     return [key for key in every if any(keys.get(key) != known[0].get(key) for keys in known)]
+
+
+def mean_and_spread(values: list[float], form: str = ".1f") -> str:
+    """81.0 ± 0.9: mean and standard deviation between seeds (n - 1); for one seed the mean alone, for none nothing."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def written(value: Any) -> str:

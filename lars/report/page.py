@@ -8,7 +8,6 @@ alike, and sets groups, not runs, against each other.
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lars.report import elements
 from lars.report.classes import classes
-from lars.report.groups import Group, Run, differing, grouped, written
+from lars.report.groups import Group, Run, differing, grouped, mean_and_spread, written
 from lars.run.mllog import TARGET, seconds_to_target
 
 if TYPE_CHECKING:
@@ -178,10 +177,7 @@ def _seeds(groups: list[Group]) -> str:
 
 def _spread(values: list[float | None], digits: str) -> str:
     known = [value for value in values if value is not None]
-    if not known or not all(map(math.isfinite, known)):
-        return "not finite" if known else "-"
-    spread = f" ± {statistics.stdev(known):{digits}}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{digits}}{spread}"
+    return mean_and_spread(known, digits) or "-" if all(map(math.isfinite, known)) else "not finite"
 
 
 def _differences(groups: list[Group]) -> list[str]:

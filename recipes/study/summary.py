@@ -13,7 +13,8 @@ from design import FIXED, HERE, METHODS, RESULTS, TARGET
 from figure import TITLES, draw
 from scipy import stats
 
-from lars.commands.tables import markdown, mean_and_spread, replace_marked
+from lars.commands.tables import markdown, replace_marked
+from lars.report.groups import mean_and_spread
 
 README = HERE / "README.md"
 
@@ -66,7 +67,7 @@ def accuracy_table() -> str:
             if (batch, method) in p_values:
                 apart += f" (p = {p_values[batch, method]:.2g})"
             chosen = f"{setting.rate:g}, {setting.momentum:g}, {setting.warmup:g}" if setting else ""
-            rows.append([f"{batch:,}", TITLES[method], chosen, mean_and_spread(top1, 2), apart])
+            rows.append([f"{batch:,}", TITLES[method], chosen, mean_and_spread(top1, ".2f"), apart])
     return markdown(["batch", "method", "rate, momentum, warm-up epochs", "top-1 %", "LARS less it"], rows)
 
 
