@@ -29,7 +29,6 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from lars.commands.subject import Subject, add_arguments, pixels_of, subject
-from lars.data.augment import evaluation_image
 from lars.data.decode import BadImage
 from lars.data.index import resolve
 from lars.recipe.keys import Recipe
@@ -101,15 +100,14 @@ def write_onnx(of: Subject, file: Path) -> str:
 
 def _some_pixels(of: Subject) -> tuple[Tensor, str]:
     """Images of the validation split as the model has them, or noise where the data are not here."""
-    augment, size, images = of.recipe.augment, of.recipe.model.image_size, []
+    data, size, images = of.recipe.data, of.recipe.model.image_size, []
     with suppress(RecipeError, OSError, KeyError, BadImage):
-        file = resolve(of.recipe.data)[of.recipe.data.val_split][0]
-        rows = pq.ParquetFile(file).read_row_group(0, columns=[of.recipe.data.image_column]).slice(0, _COMPARED)
-        for image in rows[of.recipe.data.image_column].to_pylist():
-            pixels = evaluation_image(image["bytes"], augment, size)
-            images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        file = resolve(data)[data.val_split][0]
+        rows = pq.ParquetFile(file).read_row_group(0, columns=[data.image_column]).slice(0, _COMPARED)
+        for image in rows[data.image_column].to_pylist():
+            images.append(pixels_of(image["bytes"], of.recipe))
     if images:
-        return pixels_of(torch.stack(images), augment), "validation images"
+        return torch.cat(images), "validation images"
     return torch.randn(_COMPARED, 3, size, size), "images of noise"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from lars.commands.subject import Subject, add_arguments, name_of, pixels_of, subject
-from lars.data.augment import evaluation_image
 from lars.data.decode import MAX_BYTES, BadImage
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run.reading import read_bytes
@@ -28,12 +27,11 @@ def predict(of: Subject, file: Path, top: int) -> list[tuple[str, float]]:
     if (data := read_bytes(file, MAX_BYTES)) is None:
         raise RecipeError(f"{file}: no such file")
     try:
-        pixels = evaluation_image(data, of.recipe.augment, of.recipe.model.image_size)
+        pixels = pixels_of(data, of.recipe)
     except BadImage as error:
         raise RecipeError(f"{file} is no image that can be read: {error}") from None
     with torch.no_grad():
-        images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-        shares = of.model(pixels_of(images, of.recipe.augment)).float().softmax(1)[0]
+        shares = of.model(pixels).float().softmax(1)[0]
     best = shares.topk(min(top, len(shares)))
     return [(name_of(int(label), of.names), float(share)) for share, label in zip(best.values, best.indices)]
 

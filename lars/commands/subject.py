@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lars.commands.verify import overrides_of, recipe_of
+from lars.data.augment import evaluation_image
 from lars.data.index import resolve
 from lars.engine.average import parted
 from lars.engine.build import build_model
@@ -151,7 +152,8 @@ def name_of(label: int, names: list[str] | None) -> str:
     return names[label] if names and label < len(names) else f"class {label}"
 
 
-def pixels_of(images: torch.Tensor, augment: Augment) -> torch.Tensor:
-    """uint8 images as the model has them, on the CPU."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
-    return images.float().sub_(mean).div_(std)
+def pixels_of(data: bytes, recipe: Recipe) -> torch.Tensor:
+    """float32 (1, 3, size, size), on the CPU: an image as the model has it in evaluation; BadImage if it is none."""
+    view = evaluation_image(data, recipe.augment, recipe.model.image_size)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
+    return torch.from_numpy(view.copy()).permute(2, 0, 1)[None].float().sub_(mean).div_(std)
