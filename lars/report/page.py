@@ -93,7 +93,7 @@ def _frame(axis: Axes, title: str) -> None:
 
 
 def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str], picture: Path) -> Path:
-    """Write `report.html`, and `trust.png` where there are trust ratios, beside the curves that `picture` holds.
+    """Write the curves into `picture`, and beside them `report.html`, and `trust.png` where there are trust ratios.
 
     Args:
         verdicts: a row of the printed table for each run, {column: text}.
@@ -105,7 +105,10 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     groups = grouped(runs)
     recipes = ", ".join(dict.fromkeys(g.recipe for g in groups))
     by_path = {run.path: run for g in groups for run in g.runs}
-    wide, narrow = elements.data_url(picture.read_bytes()), elements.data_url(curves(groups, stacked=True))
+    drawn = curves(groups, stacked=False)  # before anything is written: a file of a run may be damaged
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    put(picture, drawn)
+    wide, narrow = elements.data_url(drawn), elements.data_url(curves(groups, stacked=True))
     alt = "training loss, learning rate and top-1 over epochs"
     parts = [
         f"<h1>{escape(recipes)}</h1>",

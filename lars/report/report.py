@@ -26,8 +26,7 @@ from rich.table import Table
 from lars.recipe import config
 from lars.recipe.keys import differing, fixing
 from lars.recipe.refusal import RecipeError, refuses
-from lars.report.groups import grouped
-from lars.report.page import curves, put, write_page
+from lars.report.page import write_page
 from lars.run.progress import stdout
 from lars.run.reading import RECIPES, flatten_run, is_name, read_lines, read_result
 
@@ -180,18 +179,10 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     if picture:
-        draw(runs, picture)
-        console.print(f"curves: {picture}", soft_wrap=True, markup=False)
         page = write_page(runs, [v.row for v in verdicts], notes, picture)
+        console.print(f"curves: {picture}", soft_wrap=True, markup=False)
         console.print(f"page: {page}", soft_wrap=True, markup=False)
     return all(verdict.good for verdict in verdicts)
-
-
-def draw(runs: list[Path], picture: Path) -> None:
-    """A PNG of loss, rate and accuracy over epochs, a line a run; runs that differ only in the seed share a colour."""
-    content = curves(grouped(runs), stacked=False)  # before anything is written: a file of a run may be damaged
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    put(picture, content)
 
 
 @refuses(RecipeError, OSError)
