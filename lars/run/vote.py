@@ -21,9 +21,9 @@ class Vote:
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
-        self.asked = False
         self.questions: SimpleQueue[bool] = SimpleQueue()
         self.answers: SimpleQueue[bool | Exception] = SimpleQueue()
+        self.answers.put(False)  # before the first call nobody has said yes
         if peers.processes > 1:
             threading.Thread(target=self._answer, daemon=True).start()
 
@@ -35,10 +35,9 @@ class Vote:
         """
         if self.peers.processes == 1:
             return yes
-        answer = self.answers.get() if self.asked else False
+        answer = self.answers.get()
         if isinstance(answer, Exception):
             raise answer
-        self.asked = True
         self.questions.put(yes)
         return answer
 
