@@ -114,7 +114,6 @@ class RollCall:
             return list(filter(None, pool.map(trial, others)))
 
     def tell(self, what: str, value: Any) -> None:
-        assert self.store is not None
         self.store.set(what, json.dumps(value))
 
     def hear(self, what: str, seconds: float) -> Any:
@@ -123,7 +122,6 @@ class RollCall:
         Raises:
             RecipeError: nothing within so many seconds.
         """
-        assert self.store is not None
         end = time.monotonic() + seconds
         try:
             while not self.store.check([what]):
@@ -136,7 +134,6 @@ class RollCall:
 
     def reports(self, what: str, seconds: float) -> tuple[dict[int, Any], list[str]]:
         """{rank: what it reported} of those who came, and a fault for each who did not within so many seconds."""
-        assert self.store is not None
         end, found, waiting = time.monotonic() + seconds, {}, {claim.rank: claim for claim in self.claims}
         while waiting and time.monotonic() < end:
             for rank in list(waiting):
@@ -155,7 +152,6 @@ class RollCall:
 
     def end(self, status: int) -> int:
         """The speaker's exit status, for all; whoever holds the store stays until they have it."""
-        assert self.store is not None
         if self.speaks:
             self.tell("status", status)
         else:
@@ -261,7 +257,6 @@ class RollCall:
 
     def _call(self) -> list[str]:
         """Read all claims, once they are there or the time is up; what is wrong with them."""
-        assert self.store is not None
         while self.store.add("all", 0) < self.processes and time.monotonic() < self.began + COME:
             time.sleep(0.05)
         rivals: dict[int, list[Claim]] = {}
