@@ -54,24 +54,6 @@ def activation_bytes(model: nn.Module, images: tuple[int, int, int, int], classe
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
-def pass_bytes(model: nn.Module, recipe: Recipe, plan: BatchPlan) -> float:
-    """Activations of one pass of the largest training images.
-
-    Args:
-        model: a plain one on the CPU that is not used for anything else.
-
-    Raises:
-        ValueError: from `activation_bytes`. A model raises what it likes.
-    """
-    if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
-    counted = {
-        size: activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
-        for size in {*training_sizes(recipe), recipe.model.image_size}
-    }
-    return kept_in(recipe.precision, max(counted[size] for size in training_sizes(recipe)))
-
-
 def memory_of(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) -> tuple[str, float]:
     """What a process needs: a line with state and activations in MiB, and bytes, 0 where they are not known.
 
@@ -84,7 +66,13 @@ def memory_of(model: nn.Module, recipe: Recipe, plan: BatchPlan, engine: str) ->
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     activations, needed = 0.0, 0.0
     try:
-        activations = pass_bytes(model, recipe, plan)
+        if recipe.runtime.activation_checkpointing and hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing()
+        counted = {
+            size: activation_bytes(model, (plan.micro_batch, 3, size, size), recipe.model.num_classes)
+            for size in {*training_sizes(recipe), recipe.model.image_size}
+        }
+        activations = kept_in(recipe.precision, max(counted[size] for size in training_sizes(recipe)))
         one_pass = f"{activations / 2**20:,.0f} MiB of activations (one pass, however many there are)"
     except Exception as error:  # a model that looks at its numbers, or one that cannot take these images
         _play(model, recipe)
