@@ -56,10 +56,6 @@ class Index:
         return np.concatenate([[0], np.cumsum(self.rows)[:-1]])
 
     @cached_property
-    def bytes_per_group(self) -> float:
-        return 0.0 if self.memory is None else float(np.mean(self.memory))
-
-    @cached_property
     def content(self) -> Content:
         """What has been read so far: made once, before the first reader is forked from this process."""
         content = Content(len(self.rows))

@@ -76,7 +76,7 @@ def data_line(recipe: Recipe, index: Index, plan: BatchPlan) -> str:
 def _needed(order: Order, index: Index, slots: range) -> float:
     """Bytes of the row groups that these slots use at the same time."""
     windows = -(-len(slots) // order.lane) * order.window_groups
-    return min(windows, len(order.row_groups(0, slots))) * index.bytes_per_group
+    return min(windows, len(order.row_groups(0, slots))) * float(np.mean(index.memory))
 
 
 def training_batches(
