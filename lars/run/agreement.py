@@ -45,7 +45,6 @@ def same_data(peers: Peers, indexes: tuple[Index, Index], data: Data) -> tuple[I
     Raises:
         RecipeError: on all processes; a file is not there, or has other contents than rank 0's.
     """
-
     return peers.together(lambda: tuple(here(peers, index, data) for index in indexes))
 
 

@@ -153,7 +153,7 @@ def finished(
     """What to say if a node holds this run's end, so that nobody trains it again; decided once, for all.
 
     Args:
-        sources: from `lars.run.folder.sources`; a run that others made is its end all the same, and that is said.
+        sources: from `lars.run.sources.sources`; a run that others made is its end all the same, and that is said.
 
     Raises:
         RecipeError: the folder holds the end of another run, or its `result.json` is damaged.
