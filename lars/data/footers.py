@@ -33,7 +33,6 @@ class Group(NamedTuple):
 
     rows: int
     span: tuple[int, int]  # first byte and end of the image and label columns
-    whole: tuple[int, int]  # of all columns
     memory: int  # bytes that its images and labels take, unpacked
     labels: tuple[int, int] | None  # smallest and largest, if the footer tells
 
@@ -169,7 +168,7 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
                 raise RecipeError(missing_labels(name, number, statistics.null_count))
             if statistics is not None and statistics.has_min_max:
                 labels = int(statistics.min), int(statistics.max)
-        groups.append(Group(group.num_rows, span, whole, memory, labels))
+        groups.append(Group(group.num_rows, span, memory, labels))
     if sum(group.rows for group in groups) != metadata.num_rows:
         raise RecipeError(f"{name} is damaged: its row groups do not add up to its {metadata.num_rows:,} rows")
     return File(metadata.num_rows, groups)
