@@ -90,7 +90,7 @@ def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
     roll.tell(f"state {roll.rank}", {**checkup.report(), "ready": ready})
     reports: Reports = {}
     if roll.speaks:
-        reports, late = roll.reports("state", REPORT)
+        reports, late = roll.reports("state")
         of_all += late
         go_on = not of_all and all(report["ready"] for report in reports.values())
         roll.tell("go on", {"together": go_on, "needed": checkup.needed})
@@ -103,7 +103,7 @@ def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
             checkup.fault(f"network, data and loader together: {type(error).__name__}: {one_line(error)}")
         roll.tell(f"findings {roll.rank}", checkup.report())
         if roll.speaks:
-            found, late = roll.reports("findings", REPORT)
+            found, late = roll.reports("findings")
             reports, of_all = {**reports, **found}, of_all + late
     return roll.end(_say(roll, checkup, reports, of_all) if roll.speaks else 2)
 

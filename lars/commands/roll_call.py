@@ -132,9 +132,9 @@ class RollCall:
         except dist.DistError as error:
             raise RecipeError(f"rank 0 is gone ({one_line(error)}): it has said why, or was killed") from None
 
-    def reports(self, what: str, seconds: float) -> tuple[dict[int, Any], list[str]]:
-        """{rank: what it reported} of those who came, and a fault for each who did not within so many seconds."""
-        end, found, waiting = time.monotonic() + seconds, {}, {claim.rank: claim for claim in self.claims}
+    def reports(self, what: str) -> tuple[dict[int, Any], list[str]]:
+        """{rank: what it reported} of those who came, and a fault for each who did not within `REPORT` seconds."""
+        end, found, waiting = time.monotonic() + REPORT, {}, {claim.rank: claim for claim in self.claims}
         while waiting and time.monotonic() < end:
             for rank in list(waiting):
                 if not self.store.check([f"{what} {rank}"]):
@@ -147,7 +147,7 @@ class RollCall:
         for rank in [rank for rank in waiting if self.store.check([f"{what} {rank}"])]:
             found[rank] = json.loads(self.store.get(f"{what} {rank}"))
             del waiting[rank]
-        late = f"came, but has not reported its {what} in {seconds:.0f} s: see what it says there"
+        late = f"came, but has not reported its {what} in {REPORT:.0f} s: see what it says there"
         return found, [f"{claim.name} {late}" for claim in waiting.values()]
 
     def end(self, status: int) -> int:

@@ -44,7 +44,7 @@ class Engine(ABC):
     average: Average | None = None  # of the weights, if the recipe wants one
 
     def __init__(self, recipe: Recipe, launched: Launched) -> None:
-        self.recipe, self.launched = recipe, launched
+        self.recipe = recipe
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         self.accelerator = Accelerator(
             cpu=uses_cpu() and not uses_deepspeed(),  # for accelerate `cpu=True` is a refusal of DeepSpeed
@@ -207,9 +207,9 @@ class Engine(ABC):
         """A whole tensor as this engine keeps it for a parameter."""
         return torch.empty_like(parameter).copy_(whole)
 
-    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """float32 (n, num_classes) of uint8 images."""
-        return model(self.pixels(images)).float()
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 (n, num_classes) of uint8 images, in evaluation."""
+        return self.eval_module(self.pixels(images)).float()
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 images (n, 3, size, size) to the device, where they are normalised, in the model's memory format."""

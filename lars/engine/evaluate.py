@@ -93,13 +93,13 @@ def evaluate_weights(
             return Evaluation(None, data_error)
         # where a forward gathers weights all processes take part, also one whose chunks have ended
         if turn >= len(mine):
-            engine.logits(engine.eval_module, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
+            engine.logits(torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
             continue
         first = mine[turn] * chunk
         batch = batches.take(min(chunk, index.samples - first))
         data_error = data_error or batch.data_error
         labels = batch.labels.to(engine.device, non_blocking=True)
-        logits = engine.logits(engine.eval_module, batch.images)
+        logits = engine.logits(batch.images)
         total.add_floats(F.cross_entropy(logits, labels, reduction="sum").view(1))
         best = logits.topk(min(5, logits.shape[1])).indices
         right = best == labels[:, None]
