@@ -24,7 +24,7 @@ import psutil
 
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
-from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.refusal import RecipeError, one_line, refuses
 from lars.recipe.schedule import Schedule, evaluation_epochs
 from lars.run.reading import read_bytes
 
@@ -90,12 +90,12 @@ class MLLog:
         from mlperf_logging.mllog import constants
         from mlperf_logging.mllog.mllog import MLLogger
 
-        begun = self._cut_back(step) if step and self.file.is_file() else False
+        begun = self._cut_back(step) if step and self.file.is_file() else set()
         handler = logging.FileHandler(self.file, mode="a" if begun else "w")
         logger = logging.Logger(str(self.file), logging.INFO)  # of its own: nothing else is to write into the file
         logger.addHandler(handler)
         self.keys, self.logger = constants, MLLogger(logger, root_dir=str(Path(__file__).parents[2]))
-        self.running = "run_stop" not in begun if begun else True
+        self.running = "run_stop" not in begun
         if begun:
             return
         for clause in broken_rules(recipe, plan.samples, val_samples):
@@ -203,13 +203,13 @@ def _package(module: str, *arguments: str) -> bool:
         return subprocess.run(command).returncode == 0
 
 
+@refuses(RecipeError)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     runs = parser.parse_args().runs
     if missing := [str(run) for run in runs if not (run / "mllog.txt").is_file()]:
-        print(f"error: {missing[0]} has no mllog.txt: train it with mllog=true", file=sys.stderr)
-        return 2
+        raise RecipeError(f"{missing[0]} has no mllog.txt: train it with mllog=true")
     good = True
     for run in runs:
         print(f"{run}: compliance checker, rules of training {RULESET}", flush=True)
