@@ -1,7 +1,7 @@
 """Image bytes to RGB pixels, within bounds: libjpeg-turbo for JPEGs, Pillow for everything that it refuses.
 
 Only what the bytes say makes an image bad, so that it is bad on every machine alike; memory that ran out is an error of
-the machine. Orientation in EXIF is not applied and alpha is dropped, as where ImageNet is trained (see README.md).
+the machine. Orientation in EXIF is not applied and alpha is dropped, as where ImageNet is trained (docs/hostile.md).
 """
 
 from __future__ import annotations
