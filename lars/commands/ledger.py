@@ -16,16 +16,7 @@ import yaml
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import changed_keys
 from lars.run.folder import write_atomically
-from lars.run.reading import (
-    RECIPES,
-    diverged,
-    flatten_run,
-    is_name,
-    read_bytes,
-    read_config,
-    read_lines,
-    read_result,
-)
+from lars.run.reading import RECIPES, diverged, flatten_run, is_name, read_bytes, read_config, read_lines, read_result
 
 _OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
 
