@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -91,9 +92,7 @@ def slow_evaluation() -> None:
 
     def slow(engine: object, *rest: object) -> object:
         logits = engine.logits
-        engine.logits = lambda model, images: (print("evaluating", flush=True), time.sleep(1), logits(model, images))[
-            -1
-        ]
+        engine.logits = lambda images: (print("evaluating", flush=True), time.sleep(1), logits(images))[-1]
         return evaluate(engine, *rest)
 
     train.evaluate = slow
@@ -128,8 +127,7 @@ def test_a_process_that_hangs_is_named_with_its_step(engine: str, tiny: tuple[st
     assert ranks.processes[0].exitcode == 1 and time.time() - stopped < 15, ranks.output
     errors = [line for line in ranks.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "no process has moved for 4 s; rank" in errors[0], ranks.output
-    assert (
-        engine or "rank 1 of 2 came no further than step" in errors[0]
-    )  # in a layer's exchange both stand at one pass
+    # stopped within an exchange, rank 1 holds rank 0 at the same pass
+    assert re.search("rank(s 0,)? 1 of 2 came no further than step", errors[0]), ranks.output
     result = read_result(run)
     assert result["status"] == "failed" and result["error"] in errors[0]

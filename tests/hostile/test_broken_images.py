@@ -320,7 +320,7 @@ def test_a_bad_validation_image_is_one_line(tmp_path: Path) -> None:
         rank=0,
         device=torch.device("cpu"),
         eval_module=torch.nn.Identity(),
-        logits=lambda _, x: torch.zeros(len(x), 10),
+        logits=lambda x: torch.zeros(len(x), 10),
     )
     with pytest.raises(DataError, match="1 images of the validation split cannot be decoded"):
         evaluate(
