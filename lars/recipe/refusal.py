@@ -79,7 +79,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     if names:
         return f"unknown key {key!r}; did you mean {' or '.join(map(repr, names))}?"
     there = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
-    return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(there) or 'no keys'}"
+    return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(there)}"
 
 
 def one_line(error: BaseException) -> str:
