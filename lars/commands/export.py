@@ -23,14 +23,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from lars.commands.subject import Subject, add_arguments, pixels_of, subject
+from lars.commands.subject import Subject, add_arguments, first_rows, pixels_of, subject
 from lars.data.decode import BadImage
-from lars.data.index import resolve
+from lars.data.index import build_indexes
+from lars.data.source import DataError
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
 from lars.run.folder import weights_sha256
@@ -101,11 +101,10 @@ def write_onnx(of: Subject, file: Path) -> str:
 def _some_pixels(of: Subject) -> tuple[Tensor, str]:
     """Images of the validation split as the model has them, or noise where the data are not here."""
     data, size, images = of.recipe.data, of.recipe.model.image_size, []
-    with suppress(RecipeError, OSError, KeyError, BadImage):
-        file = resolve(data)[data.val_split][0]
-        rows = pq.ParquetFile(file).read_row_group(0, columns=[data.image_column]).slice(0, _COMPARED)
-        for image in rows[data.image_column].to_pylist():
-            images.append(pixels_of(image["bytes"], of.recipe))
+    with suppress(RecipeError, DataError, OSError, BadImage):
+        (validation,) = build_indexes(data, of.recipe.model.num_classes, (data.val_split,))
+        for image in first_rows(validation, data)["bytes"].slice(0, _COMPARED).to_pylist():
+            images.append(pixels_of(image or b"", of.recipe))
     if images:
         return torch.cat(images), "validation images"
     return torch.randn(_COMPARED, 3, size, size), "images of noise"

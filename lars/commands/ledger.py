@@ -49,8 +49,26 @@ def other_run(run: Path, recipe_file: Path) -> str | None:
         return f"there is no {recipe_file}"
     if keys := changed_keys(run, recipe_file):
         return f"{', '.join(keys[:3])}{', ...' * (len(keys) > 3)} differ from {recipe_file.name}: copy the recipe"
-    stopped = flatten_run(run).get("max_steps")
-    return f"it stopped early, at max_steps={stopped}" if stopped else None
+    ran, result = flatten_run(run), read_result(run)
+    if stopped := ran.get("max_steps"):
+        return f"it stopped early, at max_steps={stopped}"
+    at, wanted = result.get("epochs") or 0, ran.get("epochs") or 0
+    if not diverged(result) and abs(at - wanted) > at / result["steps"]:  # the last epoch may end within a step
+        return f"it ended after {at:g} of {wanted:g} epochs"
+    return None
+
+
+def other_seeds(run: Path, entry: Path) -> str | None:
+    """Why a run cannot stand beside what its row has already; None if it can."""
+    mine = read_result(run)
+    for other in entry.parent.glob("seed-*"):
+        theirs = read_result(other)
+        for key in ("data_fingerprint", "content_fingerprint"):
+            if mine.get(key) and theirs.get(key) and mine[key] != theirs[key]:
+                return f"its data are not those of {other} ({key}): a row is of one data set"
+    if entry.exists() and read_result(entry).get("weights_sha256") != mine.get("weights_sha256"):
+        return f"{entry} has another run of this seed: move that away first"
+    return None
 
 
 def keep(run: Path, entry: Path) -> None:
@@ -89,9 +107,9 @@ def main() -> int:
         model, _, what = name.partition("/") if is_name(name) else ("", "", "")
         if not model or not (RECIPES / model).is_dir():
             raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
-        if why := complaint(run) or other_run(run, RECIPES / f"{name}.yaml"):
+        entry = RECIPES / model / "results" / what / f"seed-{flatten_run(run).get('seed')}"
+        if why := complaint(run) or other_run(run, RECIPES / f"{name}.yaml") or other_seeds(run, entry):
             raise RecipeError(f"{run} is no proof of {name}: {why}")
-        entry = RECIPES / model / "results" / what / run.resolve().name
         keep(run, entry)
         print(os.path.relpath(entry))
     return 0

@@ -27,9 +27,9 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lars.commands.convert import pack
-from lars.commands.subject import class_names, name_of, subject
+from lars.commands.subject import class_names, first_rows, name_of, subject
 from lars.data.decode import BadImage, Encoded
-from lars.data.index import build_indexes, resolve
+from lars.data.index import build_indexes
 from lars.engine.build import build_model
 from lars.optim.key import CORE
 from lars.recipe import config
@@ -38,6 +38,7 @@ from lars.recipe.keys import Data, Recipe, declared, neutral
 from lars.recipe.refusal import RecipeError, did_you_mean, refuses
 
 STARTER, FINETUNE = Path("recipes/starter/resnet18.yaml"), Path("recipes/starter/finetune.yaml")
+_MOST_CLASSES = 1_000_000  # no label is larger
 _SIDE = 256  # what packed images are shrunk to
 _EPOCHS = ((2_000, 30), (10_000, 20), (math.inf, 15))  # up to so many images, so many epochs from scratch
 
@@ -53,18 +54,18 @@ def classes_of(data: Data, names: list[str] | None) -> int:
     """How many classes the labels have: as many as have names, or else one more than the largest label."""
     if names:
         return len(names)
-    labels = (pq.read_table(file, columns=[data.label_column]) for file in resolve(data)[data.train_split])
-    return 1 + max(table[data.label_column].to_numpy().max() for table in labels)
+    train, _ = build_indexes(data, _MOST_CLASSES)  # says in one line what is wrong with the files
+    labels = (pq.read_table(file, columns=[data.label_column])[data.label_column] for file in train.files)
+    return 1 + max(int(each.to_numpy().max()) for each in labels if len(each))
 
 
 def look(data: Data, classes: int, names: list[str] | None) -> tuple[int, str]:
     """The training split's size, and what a person wants to know of both splits in a line."""
     train, val = build_indexes(data, classes)
-    table = pq.ParquetFile(train.files[0]).read_row_group(0).slice(0, 200)
     sizes = []
-    for image in table[data.image_column].to_pylist():
+    for image in first_rows(train, data)["bytes"].slice(0, 200).to_pylist():
         with suppress(BadImage):
-            encoded = Encoded(image["bytes"])
+            encoded = Encoded(image or b"")
             sizes.append((encoded.width, encoded.height))
     counts: np.ndarray = sum(
         np.bincount(pq.read_table(file, columns=[data.label_column])[data.label_column].to_numpy(), minlength=classes)

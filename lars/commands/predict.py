@@ -36,7 +36,7 @@ def predict(of: Subject, file: Path, top: int) -> list[tuple[str, float]]:
     return [(name_of(int(label), of.names), float(share)) for share, label in zip(best.values, best.indices)]
 
 
-@refuses(RecipeError)
+@refuses(RecipeError, OSError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)

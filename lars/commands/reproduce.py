@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from lars.recipe import config
-from lars.recipe.launched import environment_of
+from lars.recipe.launched import environment_of, read_launch
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import report
 from lars.run.folder import set_aside
@@ -48,7 +47,7 @@ def launch_file(name: str | None) -> Path:
 
 def processes_of(file: Path, asked: int | None) -> int:
     """The process count: what was asked, else all GPUs where the file does not say `use_cpu`, else the file's own."""
-    written = yaml.safe_load(file.read_text())
+    written = read_launch(file)
     if asked is None and torch.cuda.is_available() and not written.get("use_cpu"):
         return torch.cuda.device_count()
     return asked or written["num_processes"]
@@ -130,6 +129,8 @@ def main() -> int:
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     recipes = [Path(r) for r in args.recipes if "=" not in r]
     overrides = [r for r in args.recipes if "=" in r] + ([f"data.path={args.data}"] if args.data else [])
+    if not recipes:
+        raise RecipeError("no recipe is given: name a file, as recipes/demo/alexnet.yaml")
     began = time.time()
     file = launch_file(args.launch)
     processes = processes_of(file, args.nproc)

@@ -12,13 +12,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from lars.commands.subject import class_names, name_of
+from lars.commands.subject import class_names, first_rows, name_of
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import BadImage
 from lars.data.index import Index, build_indexes
-from lars.data.source import DataError, Source
+from lars.data.source import DataError
 from lars.recipe import config
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
@@ -29,13 +28,11 @@ _ROWS, _EPOCHS = 8, 7
 
 def some_samples(index: Index, recipe: Recipe) -> list[tuple[int, int, bytes]]:
     """(sample id, label, encoded image) of the first row group, the first of each class."""
-    name, data = index.files[0], recipe.data
-    with Source(name, data.retry_seconds).files.open(name) as stream:
-        table = pq.ParquetFile(stream).read_row_group(0, columns=[data.image_column, data.label_column])
-    labels = table[data.label_column].to_pylist()
+    table = first_rows(index, recipe.data)
+    labels = table["label"].to_pylist()
     first = sorted({label: row for row, label in reversed(list(enumerate(labels)))}.items())[:_ROWS]
-    images = table.take([row for _, row in first])[data.image_column].to_pylist()
-    return [(row, label, image["bytes"]) for (label, row), image in zip(first, images)]
+    images = table.take([row for _, row in first])["bytes"].to_pylist()
+    return [(row, label, image or b"") for (label, row), image in zip(first, images)]
 
 
 def views(recipe: Recipe, sample: int, data: bytes) -> list[np.ndarray]:
@@ -66,7 +63,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> N
     figure.savefig(file, dpi=120)
 
 
-@refuses(RecipeError, DataError, BadImage, OSError)
+@refuses(RecipeError, DataError, OSError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
@@ -77,7 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     (train,) = build_indexes(recipe.data, recipe.model.num_classes, (recipe.data.train_split,))
     names, out = class_names(recipe.data), args.out or Path("runs/show") / f"{recipe.name}.png"
     found = some_samples(train, recipe)
-    rows = [(name_of(label, names), views(recipe, sample, data)) for sample, label, data in found]
+    rows = []
+    for sample, label, data in found:
+        try:
+            rows.append((name_of(label, names), views(recipe, sample, data)))
+        except BadImage as error:
+            why = f"training image {sample} of data.path={recipe.data.path} is damaged ({error})"
+            raise RecipeError(f"{why}: remove it; in training its neighbour stands in for it") from None
     sizes = ", ".join(f"{size} x {size}" for size in sorted({*training_sizes(recipe), recipe.model.image_size}))
     sheet(rows, f"{recipe.name}, seed {recipe.seed}: {sizes} pixels, as training and evaluation see them", out)
     print(f"{out}: {len(rows)} images of {train.samples:,}, a row each")

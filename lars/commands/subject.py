@@ -13,6 +13,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import timm
 import torch
@@ -20,7 +23,8 @@ from torch import nn
 
 from lars.commands.verify import overrides_of, recipe_of
 from lars.data.augment import evaluation_image
-from lars.data.index import resolve
+from lars.data.index import Index, resolve
+from lars.data.source import Source
 from lars.engine.average import parted
 from lars.engine.build import build_model
 from lars.recipe import config
@@ -144,8 +148,18 @@ def class_names(data: Data) -> list[str] | None:
         schema = pq.read_schema(resolve(data)[data.val_split][0])
         told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][data.label_column]
         return [str(name) for name in told["names"]]
-    except (RecipeError, OSError, KeyError, TypeError, ValueError):
+    except (RecipeError, OSError, LookupError, TypeError, ValueError):  # pyarrow's are ValueErrors
         return None
+
+
+def first_rows(index: Index, data: Data) -> pa.Table:
+    """Columns `bytes` and `label` of the first row group that has rows; `bytes` is null where an image is."""
+    place = int(np.argmax(index.rows > 0))
+    name = index.files[index.file[place]]
+    with Source(name, data.retry_seconds).files.open(name) as stream:
+        columns = [data.image_column, data.label_column]
+        rows = pq.ParquetFile(stream).read_row_group(int(index.group_in_file[place]), columns=columns)
+    return pa.table({"bytes": pc.struct_field(rows[data.image_column], "bytes"), "label": rows[data.label_column]})
 
 
 def name_of(label: int, names: list[str] | None) -> str:

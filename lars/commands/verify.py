@@ -217,7 +217,7 @@ def _why_not_portable(result: dict[str, Any]) -> str:
     return portable.excluded() or f"it ran with {result['environment'].get('instructions')}"
 
 
-@refuses(RecipeError)
+@refuses(RecipeError, OSError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from lars.recipe.keys import Recipe
-from lars.recipe.refusal import RecipeError, did_you_mean
+from lars.recipe.refusal import RecipeError, did_you_mean, one_line
 
 # DeepSpeed settings that cost or save time and memory. Everything else may change the run, so it is refused by name.
+_SECTIONS = ("deepspeed_config", "fsdp_config")  # of a launch file
 _SPEED_KEYS = (
     "zero_optimization zero_allow_untested_optimizer gradient_clipping communication_data_type data_types bf16 "
     "wall_clock_breakdown memory_breakdown comms_logger flops_profiler dump_state steps_per_print"
@@ -155,16 +156,34 @@ def decoders(cores: int, processes: int) -> int:
     return min(16, max(1, cores // processes - 1))
 
 
+def read_launch(file: Path) -> dict[str, Any]:
+    """What an accelerate launch file says.
+
+    Raises:
+        RecipeError: it is no such file.
+    """
+    try:
+        written = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"launch file {file} cannot be read: {one_line(error)}") from None
+    sections = [written.get(key) for key in _SECTIONS] if isinstance(written, dict) else []
+    if not sections or not all(section is None or isinstance(section, dict) for section in sections):
+        raise RecipeError(f"{file} is no launch file: write one as launch/cpu-2.yaml")
+    if type(count := written.get("num_processes")) is not int or count < 1:
+        raise RecipeError(f"{file} says num_processes: {count}, which has to be a number of processes")
+    return written
+
+
 def environment_of(launch_file: Path) -> dict[str, str]:
     """The variables that `accelerate launch` makes of a launch file, as far as `Launched.read` looks at them."""
-    written = yaml.safe_load(launch_file.read_text())
+    written = read_launch(launch_file)
     kind = written.get("distributed_type")
     found = {"ACCELERATE_USE_DEEPSPEED": str(kind == "DEEPSPEED"), "ACCELERATE_USE_FSDP": str(kind == "FSDP")}
     if kind == "DEEPSPEED":
-        section = written.get("deepspeed_config", {})
+        section = written.get("deepspeed_config") or {}
         found["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(section.get("deepspeed_config_file", ""))
     if kind == "FSDP":
-        found["FSDP_VERSION"] = str(written.get("fsdp_config", {}).get("fsdp_version", 1))
+        found["FSDP_VERSION"] = str((written.get("fsdp_config") or {}).get("fsdp_version", 1))
     return found
 
 
@@ -173,10 +192,14 @@ def _read_json(file: str | None) -> dict[str, Any]:
         raise RecipeError("the launch file has no deepspeed_config_file: name a JSON there, as launch/zero2.yaml does")
     try:
         config = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"deepspeed_config_file {file} cannot be read from {Path.cwd().name}/: {error}") from None
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") not in (0, 1, 2, 3):
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in range(4):
         raise RecipeError(f"{file} needs zero_optimization.stage 0, 1, 2 or 3, as a number")
+    for section in ("data_types", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise RecipeError(f"{file} gives {section} as something else than a section: remove it")
     return config
 
 

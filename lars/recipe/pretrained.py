@@ -25,7 +25,7 @@ def weights_file(kwargs: dict[str, Any]) -> Path | None:
     overlay, path = kwargs.get("pretrained_cfg_overlay") or {}, kwargs.get("checkpoint_path")
     if kwargs.get("pretrained"):
         fixed = isinstance(overlay, dict) and overlay.keys() - {"num_classes"} == {"file"}
-        if path or kwargs.get("pretrained_cfg") or not fixed:
+        if path or kwargs.get("pretrained_cfg") or not fixed or not overlay["file"]:  # timm takes no file for the Hub's
             raise RecipeError(f"model.kwargs.pretrained=true takes weights that may change behind a name: {_REMEDY}")
         path = overlay["file"]
     if path and not (isinstance(path, str) and path.endswith(".safetensors")):

@@ -87,7 +87,8 @@ def explained(source: str, lines: dict[str, int], known: list[str], any_below: s
     """
     try:
         yield
-    except (OmegaConfBaseException, RecursionError) as error:  # also a ${...} that leads nowhere, a list in a list
+    # also a ${...} that leads nowhere, a list in a list, an integer beyond all floats
+    except (OmegaConfBaseException, RecursionError, OverflowError) as error:
         key = str(getattr(error, "full_key", None) or "").partition("[")[0]
         known = known + list(dict.fromkeys(name.split(".")[0] for name in known if "." in name))
         if key and key not in known and not key.startswith(any_below):

@@ -81,7 +81,7 @@ def classes(run: Run) -> list[str]:
         return []
     try:
         return _classes(run, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecipeError(f"{file} is damaged ({one_line(error)}): remove it, {again}") from None
 
 

@@ -202,7 +202,8 @@ def set_aside(path: Path) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader or a crash sees the old or the new content, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as stream:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x") as stream:  # where a link lies, "w" would write into the file that it names
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lars.recipe.refusal import RecipeError
+from lars.run.reading import read_bytes
 
 log = logging.getLogger("lars")
 
 COUNT_EVERY, DEAD_AFTER = 5.0, 60.0  # seconds
+_MOST_BYTES = 1 << 12
 _DIGITS = 20  # of the count, which stands first, so that it is rewritten in place in one write
 
 
@@ -152,11 +154,14 @@ def _read(file: Path) -> dict[str, Any] | None:
     """Owner and count of a lock file; None if there is none."""
     for _ in range(50):
         try:
-            count, _, owner = file.read_text().partition("\n")
-            return {**json.loads(owner), "count": int(count)}
-        except FileNotFoundError:
-            return None
-        except ValueError:  # made a moment ago and still empty
+            if (content := read_bytes(file, _MOST_BYTES)) is None:
+                return None
+            count, _, owner = content.decode().partition("\n")
+            found = {key: json.loads(owner)[key] for key in ("token", "host", "machine", "pid", "started")}
+            if not str(found["token"]).isalnum() or type(found["pid"]) is not int:
+                raise ValueError("no lock of a run")
+            return {**found, "count": int(count)}
+        except (ValueError, LookupError, TypeError, RecursionError):  # made a moment ago and still empty
             time.sleep(0.02)
     return {"token": "unreadable", "host": "an unknown host", "pid": 0, "started": None, "machine": "", "count": 0}
 
