@@ -22,7 +22,9 @@ def altered(tmp_path: Path, tiny_runs: dict[int, Path]) -> Callable[..., Path]:
     def alter(step: int = 1, loss_factor: float = 1.0, last: int = 24, **keys: object) -> Path:
         copy = tmp_path / "altered"
         copy.mkdir()
-        shutil.copy(tiny_runs[3] / "config.yaml", copy)
+        written = (tiny_runs[3] / "config.yaml").read_text()
+        assert "max_steps: 24" in written
+        (copy / "config.yaml").write_text(written.replace("max_steps: 24", f"max_steps: {last}"))
         lines = [line for line in read_lines(tiny_runs[3] / "metrics.jsonl") if line["step"] <= last]
         for line in lines:
             if (line["kind"], line["step"]) == ("train", step):
@@ -43,10 +45,51 @@ def test_the_same_run_and_its_prefix(tiny_runs: dict[int, Path], altered: Callab
 
 
 def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
-    assert compare(tiny_runs[1], altered(last=9, steps=10)) == (
-        False,
-        ["NO PROOF: metrics.jsonl has 9 of the 10 steps"],
-    )
+    again = altered(last=9, steps=10)
+    lines = [f"NO PROOF: {again / 'metrics.jsonl'} does not have each of 10 steps once"]
+    assert compare(tiny_runs[1], again) == (False, lines)
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (lambda lines: [line for line in lines if line["kind"] != "eval" or line["step"] == 24], "at step 11"),
+        (lambda lines: [*lines, {**lines[-1], "kind": "eval", "step": 9}], "at step 9"),
+        (lambda lines: [*lines, next(line for line in lines if line["kind"] == "eval")], "at step 11"),
+        (lambda lines: [lines[0], *lines], "does not have each of 24 steps once"),
+        (lambda lines: [line for line in lines if line["step"] != 7], "does not have each of 24 steps once"),
+    ],
+    ids=["an evaluation less", "one more", "one twice", "a step twice", "a step less"],
+)
+def test_a_log_that_was_cut_or_mended_is_another(
+    forge: Callable[[list[dict]], list[dict]], said: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    run = altered()
+    assert compare(run, tiny_runs[1])[0]
+    lines = forge(read_lines(run / "metrics.jsonl"))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    good, lines = compare(run, tiny_runs[1])
+    assert not good and said in lines[0]
+
+
+def test_a_run_that_claims_more_steps_than_its_recipe_has(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    """The repetition was let go on to the claimed end, as the command lets it, and ended before."""
+    again = altered(last=9)
+    (again / "config.yaml").write_text((again / "config.yaml").read_text().replace("max_steps: 9", "max_steps: 24"))
+    lines = ["DIFFERENT RUN: it claims 24 steps, its repetition ended after 9"]
+    assert compare(tiny_runs[1], again) == (False, lines)
+
+
+def test_the_end_of_a_run_that_did_not_finish_is_not_compared(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    good, lines = compare(altered(status="preempted", top1=99.0), tiny_runs[1])
+    assert good and lines == [
+        "the run is preempted: its end is not compared",
+        "SAME RUN: the first 24 of 24 steps, bit for bit",
+    ]
 
 
 @pytest.mark.parametrize(

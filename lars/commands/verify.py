@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +41,14 @@ LOSS_BOUND = {"fp32": 1e5**0.5 * 2.0**-24, "tf32": 200**0.5 * 2.0**-11, "bf16": 
 
 _COMPARED = ("recipe", "status", "steps", "data_fingerprint", "reproducibility", "environment")
 _AT_THE_END = ("samples_hash", "weights_sha256", "top1", "top5")  # of a whole run
+_WHEN_EVALUATED = ("evaluation.", "mllog")
+_TAKEN_TOO = ("runtime.", *_WHEN_EVALUATED)  # free keys; of the bits and of the log
 
 Pair = tuple[dict[str, Any], dict[str, Any]]  # a line of metrics.jsonl of each run, of the same step
 
 
 def overrides_of(run: Path, recipe_file: Path) -> list[str]:
-    """`key=value` for each key of the run that changes it or its bits and is not what the recipe file says.
+    """`key=value` for each key of the run that changes it, its bits or its log and is not what the recipe file says.
 
     Where the data are is not taken from the run.
 
@@ -60,7 +63,7 @@ def overrides_of(run: Path, recipe_file: Path) -> list[str]:
     entry = known.get(str(ran.get("optimizer.name"))) or known[recipe["optimizer.name"]]
     overrides = []
     for key, one in declared(entry.keys).items():
-        if one.metadata["free"] and not key.startswith("runtime."):
+        if one.metadata["free"] and not key.startswith(_TAKEN_TOO):
             continue
         written = recipe.get(key, neutral(one))
         value = ran.get(key, written if neutral(one) == CORE else neutral(one))  # an older version had fewer keys
@@ -110,13 +113,19 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     if whole:
         claimed = read_result(run, (*_AT_THE_END, *_COMPARED))
+    for folder, result in ((run, claimed), (again, repeated)):
+        logged = [line["step"] for line in read_lines(folder / "metrics.jsonl", "train")]
+        if len(logged) != result["steps"] or logged != list(range(1, len(logged) + 1)):
+            return False, [f"NO PROOF: {folder / 'metrics.jsonl'} does not have each of {result['steps']} steps once"]
     steps = min(claimed["steps"], repeated["steps"])
+    if steps < min(claimed["steps"], flatten_run(again).get("max_steps") or claimed["steps"]):
+        return False, [f"DIFFERENT RUN: it claims {claimed['steps']} steps, its repetition ended after {steps}"]
     pairs = _pairs(run, again, "train", steps)
-    if len(pairs) < steps:
-        return False, [f"NO PROOF: metrics.jsonl has {len(pairs)} of the {steps} steps"]
-    notes = []
+    if there := _evaluated_elsewhere(run, again, steps if whole else steps - 1):
+        return False, [f"DIFFERENT RUN: its log has other evaluations than its repetition, at step {there}"]
+    notes = [] if whole or claimed["steps"] > steps else [f"the run is {claimed['status']}: its end is not compared"]
     if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
-        notes = [f"the run is portable, this repetition is not: {_why_not_portable(repeated)}"]
+        notes.append(f"the run is portable, this repetition is not: {_why_not_portable(repeated)}")
     length = f"{steps} steps" if whole else f"the first {steps} of {claimed['steps']} steps"
     different = [(a, b) for a, b in (*pairs, *_pairs(run, again, "eval", steps)) if a != b]
     ends = [key for key in _AT_THE_END if whole and claimed[key] != repeated[key]]
@@ -183,6 +192,17 @@ def _pairs(run: Path, again: Path, kind: str, steps: int) -> list[Pair]:
     """Lines of the steps that both have, without what is only speed."""
     there, here = (_by_step(folder, kind) for folder in (run, again))
     return [(there[step], here[step]) for step in sorted(there.keys() & here.keys()) if step <= steps]
+
+
+def _evaluated_elsewhere(run: Path, again: Path, steps: int) -> int | None:
+    """The first step at which one log of two that should be evaluated alike has an evaluation more; None if none."""
+    ran, runs = flatten_run(run), flatten_run(again)
+    if any(ran.get(key, value) != value for key, value in runs.items() if key.startswith(_WHEN_EVALUATED)):
+        return None  # an override of this command said so
+    there, here = (
+        [e["step"] for e in read_lines(f / "metrics.jsonl", "eval") if e["step"] <= steps] for f in (run, again)
+    )
+    return min((Counter(there) - Counter(here)) + (Counter(here) - Counter(there)), default=None)
 
 
 def _by_step(run: Path, kind: str) -> dict[int, dict[str, Any]]:
