@@ -16,9 +16,10 @@ from rich.console import Console
 from lars.commands.reproduce import launch_command, prepare_folder
 from lars.commands.reproduce import main as reproduce_main
 from lars.recipe import config
+from lars.recipe.refusal import RecipeError
 from lars.report.groups import grouped
 from lars.report.page import curves
-from lars.report.report import committed_results, expectation, expected_interval, report
+from lars.report.report import committed_results, committed_top1, expectation, expected_interval, report
 from lars.run.reading import read_result
 from lars.run.sources import sources
 
@@ -111,6 +112,7 @@ def test_a_reference_point_is_judged_by_the_epoch_at_which_it_reaches_the_target
             {"kind": "eval", "step": s, "epoch": s * batch / n, "top1": 76.0 if first and e >= first else 75.8}
             for e, s in enumerate(steps, 1)
         ]
+        lines[-1]["top1"] = top1
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         told, text = verdict(run)
         assert told == good and "75.9 by epoch 57, 77.9 or less" in " ".join(text.split()), text
@@ -127,7 +129,38 @@ def test_a_run_that_changes_its_recipe_is_not_judged_by_what_that_reaches(tmp_pa
         OmegaConf.save(config.load(recipe, changed), run / "config.yaml")
         told, text = verdict(run)
         assert told and ("PASS" in text) == judged, text
-        assert ("it has global_batch=256, optimizer.lr=0.1" in text) != judged, text
+        assert ("is not judged: global_batch=256, optimizer.lr=0.1" in text) != judged, text
+
+
+@pytest.mark.parametrize(
+    ("keys", "result", "told"),
+    [
+        (["max_steps=9"], {"steps": 9, "epochs": 0.23}, "is not judged: stopped early, at max_steps=9"),
+        ([], {"steps": 1760, "epochs": 45.0}, "is not judged: ended after 45 of 90 epochs"),
+        ([], {"steps": 3519, "epochs": 90.001}, ""),  # the last epoch ends within a step
+    ],
+)
+def test_a_run_that_ended_early_is_not_judged(keys: list[str], result: dict, told: str, tmp_path: Path) -> None:
+    name = "resnet50/lars-b32k-90ep"
+    run = run_with(tmp_path / "run", recipe=name, status="finished", top1=76.7, **result)
+    OmegaConf.save(config.load(ROOT / f"recipes/{name}.yaml", keys), run / "config.yaml")
+    good, text = verdict(run)
+    assert good and ("PASS" in text) == (not told) and told in text, text
+
+
+def test_a_result_that_is_not_the_logs_is_refused(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", status="finished", top1=81.0)
+    (run / "metrics.jsonl").write_text('{"kind": "eval", "step": 9, "epoch": 1.0, "top1": 80.0}\n')
+    with pytest.raises(RecipeError, match="result.json says top-1 81.0, the last evaluation in metrics.jsonl 80.0"):
+        verdict(run)
+
+
+def test_a_failed_seed_widens_no_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a diverged run reached is in the table, and is no accuracy that a seed could have."""
+    monkeypatch.setattr("lars.report.report.RECIPES", tmp_path)
+    for seed, (status, top1) in enumerate((("finished", 80.0), ("failed", 10.0), ("finished", 81.0))):
+        run_with(tmp_path / f"demo/results/resnet50/seed-{seed}", status=status, top1=top1)
+    assert committed_top1("demo/resnet50") == [80.0, 81.0]
 
 
 def test_a_recipe_that_nobody_published_has_no_verdict(tmp_path: Path) -> None:
@@ -154,7 +187,8 @@ def test_a_broken_optimizer_fails_the_table(
     play(2, recipe, *overrides, f"run_dir={tmp_path / 'right'}", log=tmp_path / "log")
     top1 = read_result(tmp_path / "right")["top1"]
     monkeypatch.setattr(
-        "lars.report.report.committed_results", lambda name: [{"top1": top1 + d} for d in (-0.5, 0.0, 0.5)]
+        "lars.report.report.committed_results",
+        lambda name: [{"status": "finished", "top1": top1 + d} for d in (-0.5, 0.0, 0.5)],
     )
     (recipe.parent / "model.py").write_text(
         "import torch\nfrom lars.optim.lars import LARS\n"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 import statistics
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 import yaml
 from conftest import DEMO, ROOT
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from lars.commands import ledger
 from lars.commands.ledger import complaint, entries, keep
@@ -25,7 +30,9 @@ from lars.commands.tables import (
     replace_marked,
     results_table,
 )
+from lars.recipe import config
 from lars.recipe.refusal import RecipeError
+from lars.report.report import changed_keys
 
 LEDGER = entries(ROOT / "recipes")
 
@@ -102,6 +109,34 @@ def test_an_entry_of_the_ledger_is_a_whole_proof(entry: Path) -> None:
     assert "run_dir:" not in written and "\n  path:" not in written
 
 
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipes/ that the ledger may write into."""
+    folder = tmp_path / "recipes"
+    (folder / "demo").mkdir(parents=True)
+    for name in ("alexnet.yaml", "model.py"):
+        shutil.copy(DEMO / name, folder / "demo")
+    monkeypatch.setattr(ledger, "RECIPES", folder)
+    return folder
+
+
+def changed(run: Path, keys: dict, result: dict) -> Path:
+    """A copy of a committed run with other keys, and another result."""
+    shutil.copytree(DEMO / "results/alexnet/seed-0", run)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in keys.items():
+        written[key] = {**written[key], **value} if isinstance(value, dict) else value
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    told = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**told, **result}))
+    return run
+
+
+def taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr("sys.argv", ["ledger", str(run)])
+    return ledger.main() == 0
+
+
 @pytest.mark.parametrize(
     ("cheat", "words"),
     [
@@ -114,21 +149,89 @@ def test_an_entry_of_the_ledger_is_a_whole_proof(entry: Path) -> None:
     ],
 )
 def test_a_dressed_up_run_is_no_entry(
-    cheat: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cheat: dict,
+    words: str,
+    tmp_path: Path,
+    recipes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    recipes, run = tmp_path / "recipes", tmp_path / "seed-7"
-    (recipes / "demo").mkdir(parents=True)
-    for name in ("alexnet.yaml", "model.py"):
-        shutil.copy(DEMO / name, recipes / "demo")
-    shutil.copytree(DEMO / "results/alexnet/seed-0", run)
-    written = yaml.safe_load((run / "config.yaml").read_text())
-    for key, value in cheat.items():
-        written[key] = {**written[key], **value} if isinstance(value, dict) else value
-    (run / "config.yaml").write_text(yaml.safe_dump(written))
-    monkeypatch.setattr(ledger, "RECIPES", recipes)
-    monkeypatch.setattr("sys.argv", ["ledger", str(run)])
-    assert ledger.main() == (2 if words else 0)
-    assert words in capsys.readouterr().err and (recipes / "demo/results/alexnet/seed-7").is_dir() != bool(words)
+    assert taken(changed(tmp_path / "any name", cheat, {}), monkeypatch) != bool(words)
+    assert words in capsys.readouterr().err
+    made = [entry.name for entry in (recipes / "demo/results/alexnet").glob("*")]
+    assert made == ([] if words else ["seed-7"])  # it is named by its seed
+
+
+def test_a_run_that_was_cut_at_a_better_evaluation_is_no_entry(
+    tmp_path: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its log is whole up to there, and its result the last evaluation of that log."""
+    run = changed(tmp_path / "seed-0", {}, {})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "eval"][-2]
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last["step"]]
+    (run / "metrics.jsonl").write_text("".join(kept))
+    told = json.loads((run / "result.json").read_text())
+    told.update(steps=last["step"], epochs=last["epoch"], top1=last["top1"], top5=last["top5"])
+    (run / "result.json").write_text(json.dumps(told))
+    assert complaint(run) is None
+    assert not taken(run, monkeypatch) and "it ended after 15.0423 of 16 epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seed", "other", "words"),
+    [
+        (7, {"data_fingerprint": "0" * 64}, "its data are not those of"),
+        (7, {"content_fingerprint": "0" * 64}, "its data are not those of"),
+        (0, {"weights_sha256": "0" * 64}, "has another run of this seed"),
+        (0, {}, ""),  # the same run again
+    ],
+)
+def test_a_row_is_of_one_data_set_and_has_a_seed_once(
+    seed: int,
+    other: dict,
+    words: str,
+    tmp_path: Path,
+    recipes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    first = changed(tmp_path / "first", {}, {"content_fingerprint": "1" * 64})
+    assert taken(first, monkeypatch)
+    before = (recipes / "demo/results/alexnet/seed-0/result.json").read_bytes()
+    second = changed(tmp_path / "second", {"seed": seed}, {"content_fingerprint": "1" * 64, **other})
+    assert taken(second, monkeypatch) != bool(words) and words in capsys.readouterr().err
+    assert [entry.name for entry in (recipes / "demo/results/alexnet").glob("*")] == ["seed-0"]
+    assert (recipes / "demo/results/alexnet/seed-0/result.json").read_bytes() == before
+
+
+def test_a_run_from_other_weights_is_not_of_its_recipe(tmp_path: Path) -> None:
+    file, recipe, run = tmp_path / "weights.safetensors", tmp_path / "resnet50.yaml", tmp_path / "run"
+    shutil.copy(DEMO / "model.py", tmp_path)
+    written = yaml.safe_load((DEMO / "resnet50.yaml").read_text())
+    written["model"].setdefault("kwargs", {})["checkpoint_path"] = str(file)
+    recipe.write_text(yaml.safe_dump(written))
+    save_file({"a": torch.zeros(1)}, file)
+    run.mkdir()
+    OmegaConf.save(config.load(recipe, []), run / "config.yaml")
+    assert changed_keys(run, recipe) == []
+    save_file({"a": torch.ones(1)}, file)
+    assert changed_keys(run, recipe) == ["model.weights_sha256"]
+
+
+def test_an_entry_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full loses nothing of an entry, and nothing of a former entry stays beside a new one."""
+    entry = tmp_path / "seed-0"
+    keep(DEMO / "results/alexnet/seed-0", entry)
+    (entry / "mllog.txt").write_text("of another run")
+    before = (entry / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as full:
+        full.setattr("lars.run.folder.os.fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            keep(DEMO / "results/alexnet/seed-1", entry)
+    assert (entry / "metrics.jsonl").read_bytes() == before
+    keep(DEMO / "results/alexnet/seed-1", entry)
+    assert (entry / "metrics.jsonl").read_bytes() != before and not (entry / "mllog.txt").exists()
 
 
 def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:

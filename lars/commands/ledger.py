@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lars.recipe.refusal import RecipeError, refuses
-from lars.report.report import changed_keys
+from lars.report.report import changed_keys, ended_early
 from lars.run.folder import write_atomically
 from lars.run.reading import RECIPES, diverged, flatten_run, is_name, read_bytes, read_config, read_lines, read_result
 
@@ -28,7 +28,7 @@ def complaint(run: Path) -> str | None:
         return "it has no result.json"
     if result.get("status") != "finished" and not diverged(result):
         return f"it is {result.get('status')}, not finished"
-    needed = ("steps", "versions", "environment", "data_fingerprint", "source_sha256")
+    needed = ("steps", "epochs", "versions", "environment", "data_fingerprint", "source_sha256")
     if missing := [key for key in needed if result.get(key) in (None, "", {})]:
         return f"result.json lacks {', '.join(missing)}"
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl", "train")]
@@ -49,13 +49,8 @@ def other_run(run: Path, recipe_file: Path) -> str | None:
         return f"there is no {recipe_file}"
     if keys := changed_keys(run, recipe_file):
         return f"{', '.join(keys[:3])}{', ...' * (len(keys) > 3)} differ from {recipe_file.name}: copy the recipe"
-    ran, result = flatten_run(run), read_result(run)
-    if stopped := ran.get("max_steps"):
-        return f"it stopped early, at max_steps={stopped}"
-    at, wanted = result.get("epochs") or 0, ran.get("epochs") or 0
-    if not diverged(result) and abs(at - wanted) > at / result["steps"]:  # the last epoch may end within a step
-        return f"it ended after {at:g} of {wanted:g} epochs"
-    return None
+    early = ended_early(run)
+    return f"it {early}" if early else None
 
 
 def other_seeds(run: Path, entry: Path) -> str | None:
@@ -90,7 +85,9 @@ def keep(run: Path, entry: Path) -> None:
     write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     for name, content in files.items():
         if content is not None:
-            (entry / name).write_bytes(content)
+            write_atomically(entry / name, content)
+        else:
+            (entry / name).unlink(missing_ok=True)  # of an entry that stood here before
 
 
 def entries(folder: Path) -> list[Path]:

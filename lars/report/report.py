@@ -109,12 +109,26 @@ def changed_keys(run: Path, recipe_file: Path) -> list[str]:
     return [key for key in differing(ran, here) if key not in free]
 
 
+def ended_early(run: Path) -> str | None:
+    """How a run that says that it is finished stopped before the end of its recipe; None if it did not."""
+    ran, result = flatten_run(run), read_result(run)
+    if stopped := ran.get("max_steps"):
+        return f"stopped early, at max_steps={stopped}"
+    at, wanted, steps = result.get("epochs"), ran.get("epochs"), result.get("steps")
+    if None in (at, wanted, steps) or result.get("status") != "finished":
+        return None
+    if abs(at - wanted) > at / max(steps, 1):  # the last epoch may end within a step
+        return f"ended after {at:g} of {wanted:g} epochs"
+    return None
+
+
 def changes(run: Path, recipe_name: str) -> list[str]:
-    """`key=value` of what a run changes of this repository's recipe of its name; none where there is no such recipe."""
+    """What a run changes of this repository's recipe of its name, or leaves out; none where there is no such recipe."""
     recipe_file = RECIPES / f"{recipe_name}.yaml"
     if not is_name(recipe_name) or not recipe_file.is_file() or not (ran := flatten_run(run)):
         return []
-    return [f"{key}={str(ran.get(key))[:40]}" for key in changed_keys(run, recipe_file)]
+    early = [why] if (why := ended_early(run)) else []
+    return [*(f"{key}={str(ran.get(key))[:40]}" for key in changed_keys(run, recipe_file)), *early]
 
 
 class Verdict(NamedTuple):
@@ -129,16 +143,19 @@ class Verdict(NamedTuple):
 def judge(run: Path) -> Verdict:
     """Compare a run with what is expected of its recipe: good if it is finished and meets that, or nothing is expected.
 
-    Nothing is expected of a run that changes a key of its recipe.
+    Nothing is expected of a run that changes a key of its recipe or stopped before its end.
 
     Raises:
-        RecipeError: a file of the run is damaged.
+        RecipeError: a file of the run is damaged, or two of them contradict each other.
     """
     result = read_result(run)
     name, top1, status = result.get("recipe") or str(run), result.get("top1"), result.get("status") or "not started"
     changed = changes(run, name)
     expected = None if changed else expectation(name)
     evaluations = read_lines(run / "metrics.jsonl", "eval")
+    if status == "finished" and top1 is not None and evaluations and evaluations[-1]["top1"] != top1:
+        last = evaluations[-1]["top1"]
+        raise RecipeError(f"{run}: result.json says top-1 {top1}, the last evaluation in metrics.jsonl {last}")
     met = status == "finished" and top1 is not None and (expected is None or expected.met_by(top1, evaluations))
     verdict = "PASS" if met else "FAIL"
     if status != "finished":
@@ -175,7 +192,7 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     for run, verdict in zip(runs, verdicts):
         if verdict.changes:
             changed = "".join(c if c.isprintable() else "?" for c in ", ".join(verdict.changes))
-            notes.append(f"{run} is no run of its recipe, and is not judged: it has {changed}")
+            notes.append(f"{run} is no run of its recipe, and is not judged: {changed}")
         elif not flatten_run(run):
             notes.append(f"{run} has no config.yaml: what it changes of its recipe cannot be told")
     if not RECIPES.is_dir():

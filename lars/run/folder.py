@@ -199,12 +199,12 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader or a crash sees the old or the new content, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with open(temporary, "x") as stream:  # where a link lies, "w" would write into the file that it names
-        stream.write(text)
+    with open(temporary, "xb") as stream:  # where a link lies, "wb" would write into the file that it names
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
