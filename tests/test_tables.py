@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
+import resource
 import shutil
 import statistics
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -219,16 +218,19 @@ def test_a_run_from_other_weights_is_not_of_its_recipe(tmp_path: Path) -> None:
     assert changed_keys(run, recipe) == ["model.weights_sha256"]
 
 
-def test_an_entry_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     """A disk that is full loses nothing of an entry, and nothing of a former entry stays beside a new one."""
     entry = tmp_path / "seed-0"
     keep(DEMO / "results/alexnet/seed-0", entry)
     (entry / "mllog.txt").write_text("of another run")
     before = (entry / "metrics.jsonl").read_bytes()
-    with monkeypatch.context() as full:
-        full.setattr("lars.run.folder.os.fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
-        with pytest.raises(OSError, match="No space left"):
+    room, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((entry / "config.yaml").stat().st_size + 1, most))
+    try:
+        with pytest.raises(OSError, match="File too large"):
             keep(DEMO / "results/alexnet/seed-1", entry)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
     assert (entry / "metrics.jsonl").read_bytes() == before
     keep(DEMO / "results/alexnet/seed-1", entry)
     assert (entry / "metrics.jsonl").read_bytes() != before and not (entry / "mllog.txt").exists()
