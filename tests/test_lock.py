@@ -152,6 +152,39 @@ def test_a_lock_that_nobody_counts_is_dead_after_a_while(left: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+NO_LOCKS = (
+    b"",
+    b"1\n",
+    b"1\n[]",
+    b"1\n{}",
+    b"\xff\n{}",
+    b"x\n" + b"[" * 2000,
+    b'1\n{"token": "../x", "host": "a", "machine": "", "pid": 1, "started": 0}',
+    b'1\n{"token": "a", "host": "a", "machine": "", "pid": "1", "started": 0}',
+    bytes(5000),
+    os.mkfifo,
+)
+
+
+@pytest.mark.parametrize("content", NO_LOCKS)
+def test_a_damaged_lock_is_dead_after_a_while(
+    content: bytes | Callable[[Path], None], tmp_path: Path, short: None
+) -> None:
+    file = tmp_path / "lock"
+    file.write_bytes(content) if isinstance(content, bytes) else content(file)
+    owner = RunLock(tmp_path)
+    owner.acquire()
+    assert json.loads(file.read_text().partition("\n")[2])["pid"] == os.getpid()
+    owner.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_lock_s_place_is_refused(tmp_path: Path, short: None) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(RecipeError, match="lock"):
+        RunLock(tmp_path).acquire()
+
+
 def test_who_was_suspended_for_too_long_loses_the_lock_and_leaves_the_new_one(tmp_path: Path, short: None) -> None:
     suspended = RunLock(tmp_path)
     assert suspended._create()  # a lock without the thread that counts

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from test_export import PLAIN_TIMM
 from test_readme import commands
 
-from lars.commands import new
+from lars.commands import new, show
 from lars.engine.build import build_model
 from lars.recipe import config
 from lars.recipe.keys import declared
@@ -171,6 +173,48 @@ def test_a_folder_of_images_as_data_path_is_packed_once(
     next(folder.rglob("cross/000.jpg")).unlink()
     status, said = checked()
     assert status == 2 and "was begun with images=" in said and "Traceback" not in said, said
+
+
+def as_others_write_it(folder: Path, nulls: int) -> Path:
+    """Parquet files without names of classes; their first row group is empty, and their first images may be null."""
+    folder.mkdir()
+    images = [file.read_bytes() for file in sorted(draw(folder / "drawn", 6).rglob("*.jpg"))]
+    rows = [{"image": {"bytes": b}, "label": number // 6} for number, b in enumerate(images)]
+    for row in rows[:nulls]:
+        row["image"]["bytes"] = None
+    table = pa.Table.from_pylist(rows)
+    for split in ("train", "validation"):
+        with pq.ParquetWriter(folder / f"{split}.parquet", table.schema) as writer:
+            for part in (table.slice(0, 0), table):
+                writer.write_table(part)
+        assert pq.ParquetFile(folder / f"{split}.parquet").metadata.row_group(0).num_rows == 0
+    shutil.rmtree(folder / "drawn")
+    return folder
+
+
+@pytest.mark.parametrize("nulls", [0, 2])
+def test_parquet_without_class_names(
+    nulls: int, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data, recipe = as_others_write_it(tmp_path / "data", nulls), clone / "recipes/mine/resnet18.yaml"
+    assert new.main(["mine", "--data", str(data)]) == 0
+    assert "30 training and 30 validation images of 5 classes" in capsys.readouterr().out
+    assert config.load(recipe, []).model.num_classes == 5
+    assert show.main([str(recipe), "--out", str(tmp_path / "sheet.png")]) == (2 if nulls else 0)
+    said = capsys.readouterr()
+    if nulls:
+        assert "training image 0 of " in said.err and said.err.count("\n") == 1 and "remove it" in said.err
+    else:
+        assert "5 images of 30, a row each" in said.out and (tmp_path / "sheet.png").is_file()
+
+
+def test_parquet_that_is_no_data_set_of_images(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / f"data/{split}.parquet")
+    assert new.main(["mine", "--data", str(tmp_path / "data")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "image" in said
 
 
 def in_the_readme() -> list[str]:

@@ -432,6 +432,7 @@ def test_what_evaluate_found_stands_in_the_page_class_by_class(tmp_path: Path, m
         {**EVALUATION, "confusion": [[-1, 0], [0, 1]]},
         {**EVALUATION, "classes": [{"class": "b"}]},
         {**EVALUATION, "top1": []},
+        {**EVALUATION, "top1": 10**310},  # beyond every float
     ],
 )
 def test_a_damaged_evaluation_is_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from lars.recipe import config
 from lars.recipe.refusal import RecipeError
 from lars.report.groups import grouped
 from lars.report.page import curves
-from lars.report.report import committed_results, committed_top1, expectation, expected_interval, report
+from lars.report.report import Expectation, committed_results, committed_top1, expectation, expected_interval, report
 from lars.run.reading import read_result
 from lars.run.sources import sources
 
@@ -161,6 +162,12 @@ def test_a_failed_seed_widens_no_interval(tmp_path: Path, monkeypatch: pytest.Mo
     for seed, (status, top1) in enumerate((("finished", 80.0), ("failed", 10.0), ("finished", 81.0))):
         run_with(tmp_path / f"demo/results/resnet50/seed-{seed}", status=status, top1=top1)
     assert committed_top1("demo/resnet50") == [80.0, 81.0]
+
+
+def test_an_epoch_that_is_no_number_meets_nothing() -> None:
+    wanted = Expectation("", "", low=75.9, epoch=57)
+    assert wanted.met_by(76.0, [{"epoch": 56.9, "top1": 76.0}])
+    assert not wanted.met_by(76.0, [{"epoch": math.nan, "top1": 76.0}])
 
 
 def test_a_recipe_that_nobody_published_has_no_verdict(tmp_path: Path) -> None:

@@ -237,6 +237,11 @@ ZERO2 = json.loads((ROOT / "launch/zero2.json").read_text())
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["'offload_optimizer'"]),
         ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, ["'zero_quantized_gradients'"]),
         ({"zero_optimization": {"stage": "two"}}, ["stage 0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": True}}, ["stage 0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": [2]}}, ["stage 0, 1, 2 or 3"]),
+        ({"zero_optimization": [2]}, ["stage 0, 1, 2 or 3"]),
+        ({"bf16": True}, ["gives bf16 as something else than a section"]),
+        ({"data_types": ["fp32"]}, ["gives data_types as something else than a section"]),
         ({"fp16": {"enabled": True}}, ["'fp16'"]),
         ({"bf16": {"enabled": True}}, ["bf16 section", "precision=fp32"]),
         ({"communication_data_type": "bf16"}, ["communication_data_type must be fp32"]),
@@ -299,6 +304,57 @@ def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
                 patch.setenv(name, value)
             assert main(["--config", str(RECIPE), "--check"]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_processes: [", "cannot be read"),
+        ("\xff", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ("- cpu", "is no launch file"),
+        ("", "is no launch file"),
+        ("num_processes: 2\ndeepspeed_config: zero2.json", "is no launch file"),
+        ("num_processes: two", "num_processes: two, which has to be a number"),
+        ("num_processes: 0", "num_processes: 0, which has to be a number"),
+        ("use_cpu: true", "num_processes: None, which has to be a number"),
+    ],
+)
+def test_a_damaged_launch_file_is_one_line(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "launch.yaml").write_text(text, encoding="latin-1")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        "sys.argv", ["reproduce", "--launch", str(tmp_path / "launch.yaml"), str(DEMO / "resnet50.yaml")]
+    )
+    assert reproduce_main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("section", "words"), [("", "no deepspeed_config_file"), ("{deepspeed_config_file: NESTED}", "cannot be read from")]
+)
+def test_a_launch_file_without_a_deepspeed_file_is_one_line(
+    section: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "nested.json").write_text("[" * 100_000)
+    text = f"num_processes: 2\ndistributed_type: DEEPSPEED\ndeepspeed_config: {section}"
+    (tmp_path / "launch.yaml").write_text(text.replace("NESTED", str(tmp_path / "nested.json")))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        "sys.argv", ["reproduce", "--launch", str(tmp_path / "launch.yaml"), str(DEMO / "resnet50.yaml")]
+    )
+    assert reproduce_main() == 2
+    why, then = capfd.readouterr().err.splitlines()
+    assert words in why and why.startswith("error: ") and then.endswith("resnet50.yaml was not started")
+
+
+def test_a_launch_without_a_recipe_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["reproduce", "epochs=1"])
+    assert reproduce_main() == 2 and "no recipe is given" in capsys.readouterr().err
 
 
 def test_make_checks_a_launch_file_before_it_starts_anything(

@@ -30,7 +30,7 @@ from lars.report import report
 from lars.run import checkpoint, checkpoint_writer
 from lars.run.checkpoint import State, saved
 from lars.run.checkpoint_writer import CheckpointWriter
-from lars.run.folder import RunFolder, _cut_back
+from lars.run.folder import RunFolder, _cut_back, write_atomically
 from lars.run.mllog import seconds_to_target
 from lars.run.peers import Peers
 from lars.run.reading import is_name, read_bytes, read_config, read_lines, read_result
@@ -1050,6 +1050,19 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="cannot be written"):
             RunFolder(recipe, writes=True).open(recipe, sources(DEMO / "alexnet.yaml"), 0, {}, {})
         (tmp_path / name).rmdir()
+
+
+@promised(
+    "A run folder that is resumed",
+    ("config.yaml.tmp or result.json.tmp that is a link to a file of mine", "my file stays, the link goes"),
+)
+def test_no_link_is_written_through(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "result.json.tmp").symlink_to(mine)
+    write_atomically(tmp_path / "result.json", "{}")
+    assert mine.read_text() == "mine" and (tmp_path / "result.json").read_text() == "{}"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "result.json"]
 
 
 def garbage_lines(run: Path) -> None:

@@ -157,6 +157,13 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         "model.kwargs.pretrained=true",
         "may change behind a name: save them as FILE.safetensors",
     ),
+    (
+        "`pretrained=true` with an overlay whose file is null, for which timm takes the Hub's",
+        "refused likewise",
+        "model.kwargs={pretrained: true, pretrained_cfg_overlay: {file: null}}",
+        "may change behind a name: save them as FILE.safetensors",
+    ),
+    ("a whole number of 310 digits", "refused, with the key", f"epochs={'9' * 310}", "epochs"),
     ("weights as a pickle", "refused: it can run code", "model.kwargs.checkpoint_path=weights.pth", "only safetensors"),
     (
         "weights that are not there",
