@@ -208,6 +208,15 @@ def test_parquet_without_class_names(
         assert "5 images of 30, a row each" in said.out and (tmp_path / "sheet.png").is_file()
 
 
+def test_a_class_name_of_two_lines_is_printed_in_one(
+    clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = draw(tmp_path / "shapes", 20)
+    (folder / "cross").rename(folder / "a\ncross")
+    assert new.main(["shapes", "--data", str(folder)]) == 0
+    assert "the smallest class, a\\ncross, has 16" in capsys.readouterr().out
+
+
 def test_parquet_that_is_no_data_set_of_images(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):

@@ -34,7 +34,7 @@ from lars.data.originals import Originals, check_name
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
 from lars.exact.portable import versions
-from lars.recipe.refusal import RecipeError, hidden, one_line
+from lars.recipe.refusal import RecipeError, one_line, printable
 from lars.run.lock import LockLost, RunLock
 
 VAL_SHARE = 0.2  # of each class that is held out, where nobody says another
@@ -128,12 +128,7 @@ def _say_found(found: Originals) -> None:
         named = f" ({kinds})" if kinds else ""
         classes = len({row.label for row in rows})
         counts = f"{len(rows):,} images of {classes:,} classes; left out: {left_out.total():,} files{named}"
-        print(_plain(f"convert: {split}: {counts}"))
-
-
-def _plain(text: str) -> str:
-    """In one line, whatever a file is called, without values that stay hidden."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in hidden(text))
+        print(printable(f"convert: {split}: {counts}"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,8 +188,8 @@ def _convert(args: argparse.Namespace, lock: RunLock, jobs: list[Job], identity:
         named = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
         words = "training puts a neighbour in the place of each, content.json names all"
         line = f"warning: {len(bad):,} images cannot be decoded and were kept as they are ({named}): {words}"
-        print(_plain(line), file=sys.stderr)
-    print(_plain(f"use it with data.path={os.path.realpath(out)}"))
+        print(printable(line), file=sys.stderr)
+    print(printable(f"use it with data.path={os.path.realpath(out)}"))
 
 
 def pack(folder: Path, *options: str) -> Path:
@@ -212,7 +207,7 @@ def pack(folder: Path, *options: str) -> Path:
     if not split_folders(folder):
         options += ("--val-share", str((before or {}).get("val_share", VAL_SHARE)))
     if not (packed := is_whole(out)):
-        print(_plain(f"packing the images of {folder} into {out}, once"), flush=True)
+        print(printable(f"packing the images of {folder} into {out}, once"), flush=True)
     try:
         with redirect_stdout(StringIO()) if packed else nullcontext():  # then it only looks whether they still fit
             convert([str(folder), str(out), *options])
@@ -260,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         convert(arguments)
     except (RecipeError, Unfinished) as error:
-        print("error:", _plain(str(error)), file=sys.stderr)
+        print("error:", printable(str(error)), file=sys.stderr)
         return 2 if isinstance(error, RecipeError) else 1
     except KeyboardInterrupt:
         print("convert: stopped; start the same command again to go on", file=sys.stderr)

@@ -29,7 +29,7 @@ from lars.engine.average import parted
 from lars.engine.build import build_model
 from lars.recipe import config
 from lars.recipe.keys import Augment, Data, Model, Recipe
-from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.refusal import RecipeError, one_line, printable
 from lars.run import checkpoint
 from lars.run.reading import read_result
 from lars.run.resume import read_fitting
@@ -163,7 +163,7 @@ def first_rows(index: Index, data: Data) -> pa.Table:
 
 
 def name_of(label: int, names: list[str] | None) -> str:
-    return names[label] if names and label < len(names) else f"class {label}"
+    return printable(names[label]) if names and label < len(names) else f"class {label}"
 
 
 def pixels_of(data: bytes, recipe: Recipe) -> torch.Tensor:

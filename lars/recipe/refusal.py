@@ -19,7 +19,7 @@ class RecipeError(ValueError):
     """Bad recipe, data or environment: one line that names the remedy; the exit status is 2."""
 
     def __str__(self) -> str:
-        return hidden(super().__str__())
+        return printable(super().__str__())
 
 
 def refuses(*kinds: type[Exception]) -> Callable:
@@ -31,7 +31,7 @@ def refuses(*kinds: type[Exception]) -> Callable:
             try:
                 return main(*arguments)
             except kinds as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
                 return 2
 
         return told
@@ -62,6 +62,11 @@ def hidden(text: str) -> str:
     for value in sorted(_names, key=len, reverse=True):
         text = text.replace(value, _names[value])
     return text
+
+
+def printable(text: str) -> str:
+    """In one line, whatever a file or a class is called, without values that stay hidden."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in hidden(text))
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

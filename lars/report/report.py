@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lars.recipe import config
 from lars.recipe.keys import differing, fixing
-from lars.recipe.refusal import RecipeError, refuses
+from lars.recipe.refusal import RecipeError, printable, refuses
 from lars.report.page import write_page
 from lars.run.progress import stdout
 from lars.run.reading import RECIPES, flatten_run, is_name, read_lines, read_result
@@ -191,8 +191,7 @@ def report(runs: list[Path], picture: Path | None, console: Console) -> bool:
     ]
     for run, verdict in zip(runs, verdicts):
         if verdict.changes:
-            changed = "".join(c if c.isprintable() else "?" for c in ", ".join(verdict.changes))
-            notes.append(f"{run} is no run of its recipe, and is not judged: {changed}")
+            notes.append(printable(f"{run} is no run of its recipe, and is not judged: {', '.join(verdict.changes)}"))
         elif not flatten_run(run):
             notes.append(f"{run} has no config.yaml: what it changes of its recipe cannot be told")
     if not RECIPES.is_dir():

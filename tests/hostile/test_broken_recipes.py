@@ -163,6 +163,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         "model.kwargs={pretrained: true, pretrained_cfg_overlay: {file: null}}",
         "may change behind a name: save them as FILE.safetensors",
     ),
+    ("a line break in an override", "refused in one line, with the break as \\n", "epochs=a\nb", "a\\nb"),
     ("a whole number of 310 digits", "refused, with the key", f"epochs={'9' * 310}", "epochs"),
     ("weights as a pickle", "refused: it can run code", "model.kwargs.checkpoint_path=weights.pth", "only safetensors"),
     (
