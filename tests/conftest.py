@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import random
@@ -151,6 +152,12 @@ def play(processes: int, recipe: Path, *overrides: str, **how: Any) -> str:
     ranks = start_ranks(processes, recipe, *overrides, **how)
     assert ranks.wait() == [0] * processes, ranks.output
     return ranks.output
+
+
+def without_speed(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl or ledger.jsonl, less what no two runs share."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 def tiny_overrides(folder: Path) -> tuple[str, ...]:

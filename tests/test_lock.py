@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, RANKS, Ranks, start_ranks
+from conftest import DEMO, RANKS, Ranks, start_ranks, without_speed
 
 from lars.recipe.refusal import RecipeError
 from lars.run import lock
 from lars.run.lock import LockLost, RunLock
-from lars.run.reading import read_lines, read_result
+from lars.run.reading import read_result
 
 RECIPE = DEMO / "resnet50.yaml"
 
@@ -249,10 +249,6 @@ def test_two_starts_in_one_folder(
     for name in ("metrics.jsonl", "ledger.jsonl"):
         assert without_speed(run / name) == without_speed(tiny_runs[1] / name)
     assert not (run / "lock").exists() and list((run / "checkpoints").glob(".*")) == []
-
-
-def without_speed(file: Path) -> list[dict[str, object]]:
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(file)]
 
 
 def pause(step: int, goes_on: Path) -> None:

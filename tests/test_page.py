@@ -190,7 +190,7 @@ def test_a_group_is_one_trajectory_but_for_the_seed(tmp_path: Path, monkeypatch:
     runs = [
         *RUNS[:2],
         copy(RUNS[2], tmp_path / "faster", {"runtime.channels_last": True, "run_dir": "elsewhere"}, world_size=4),
-        copy(RUNS[0], tmp_path / "again", top1=0.0),  # the same seed: no further sample
+        copy(RUNS[0], tmp_path / "again", seconds=1.0),  # the same seed: no further sample
         copy(RUNS[3], tmp_path / "rate", {"optimizer.lr": 8.0}),
         copy(RUNS[3], tmp_path / "short", {"max_steps": 20}),
         copy(RUNS[3], tmp_path / "data", data_fingerprint="0" * 64),
@@ -204,7 +204,7 @@ def test_a_group_is_one_trajectory_but_for_the_seed(tmp_path: Path, monkeypatch:
     ]
     assert len({g.label for g in groups}) == 4 and "lr=8.0" in groups[1].label and "max_steps=20" in groups[2].label
     assert [run.path for run in groups[0].seeds()] == [RUNS[0], RUNS[1], runs[2]]
-    page = page_of(runs, tmp_path, monkeypatch, status=1)
+    page = page_of(runs, tmp_path, monkeypatch)
     assert {row["key"] for row in page.table("key")} == {"optimizer.lr", "max_steps", "data_fingerprint"}
 
 

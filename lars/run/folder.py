@@ -9,9 +9,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from omegaconf import OmegaConf
@@ -20,13 +20,13 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError
 from lars.run.lock import LockLost, RunLock
-from lars.run.reading import read_bytes, read_result
+from lars.run.reading import open_regular, read_result
 from lars.run.sources import commit, source_sha256, versions
 
 log = logging.getLogger("lars")
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MOST_SAMPLES = 1 << 34  # bytes of ledger.jsonl
+_MOST_LINE = 1 << 26  # bytes: seven million sample ids of a step
 
 
 class NotWritten(OSError):
@@ -199,12 +199,13 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Replace a file so that a reader or a crash sees the old or the new content, never a part."""
+    parts = (content.encode(),) if isinstance(content, str) else (content,) if isinstance(content, bytes) else content
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with open(temporary, "xb") as stream:  # where a link lies, "wb" would write into the file that it names
-        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.writelines(parts)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
@@ -225,22 +226,27 @@ def _append(path: Path, text: str) -> None:
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:
     """Drop lines of later steps (an evaluation that comes again is one), and a last line that a crash left unfinished.
 
-    A damaged line goes too, with a warning: the run itself rests on its checkpoint, not on the log.
+    A damaged line goes too, with a warning: the run itself rests on its checkpoint, not on the log. One line at a time
+    is in memory: `ledger.jsonl` of an ImageNet run has a gigabyte.
     """
-    if (content := read_bytes(path, _MOST_SAMPLES)) is None:
-        return
-    kept, damaged, lines = [], 0, content.splitlines(keepends=True)
-    for line in lines:
-        try:
-            values = json.loads(line)
-            again = values.get("kind") == "eval" and values["step"] == step and not evaluated
-            if line.endswith(b"\n") and values["step"] <= step and not again:
-                kept.append(line.decode())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            damaged += line is not lines[-1]
+    damaged = 0
+
+    def kept(stream: BinaryIO) -> Iterator[bytes]:
+        nonlocal damaged
+        while line := stream.readline(_MOST_LINE):
+            try:
+                values = json.loads(line)
+                again = values.get("kind") == "eval" and values["step"] == step and not evaluated
+                if line.endswith(b"\n") and values["step"] <= step and not again:
+                    yield line
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                damaged += line.endswith(b"\n")
+
+    if (stream := open_regular(path)) is not None:
+        with stream:
+            write_atomically(path, kept(stream))
     if damaged:
         log.warning("%s: %d damaged lines are dropped", path, damaged)
-    write_atomically(path, "".join(kept))
 
 
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:

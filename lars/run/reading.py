@@ -23,7 +23,7 @@ from lars.recipe.refusal import RecipeError, one_line
 
 RECIPES = Path(__file__).parents[2] / "recipes"  # this repository's; an installed library has none
 _MOST_LINES = 1 << 28  # bytes of metrics.jsonl: three times those of 450,000 steps
-_MOST_RESULT, _MOST_YAML = 1 << 20, 1 << 14
+_MOST_RESULT, _MOST_LINE, _MOST_YAML = 1 << 20, 1 << 20, 1 << 14
 _MOST_BRACKETS = 200  # PyYAML's time grows with the square of their depth: 10,000 take minutes
 _LARGEST = 3.5e38  # above any number of float32
 
@@ -126,16 +126,20 @@ def diverged(result: dict[str, Any]) -> bool:
 
 
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The JSON lines of a file, of one kind if asked; none where there is no file.
+    """The lines of `metrics.jsonl`, of one kind if asked; none where there is no file.
 
-    A last line that is still being written, or that a crash cut, is left out.
+    A last line that is still being written, or that a crash cut, is left out. Of a line only numbers, text and ratios
+    are kept: what else a stranger writes there may take 25 times its size in memory.
 
     Raises:
         RecipeError: another line is damaged.
     """
+    kinds = tuple(_LINES) if kind is None else (kind,)
     lines, texts = [], (read_bytes(path) or b"").splitlines()
     for number, text in enumerate(texts, 1):
         try:
+            if len(text) > _MOST_LINE:
+                raise ValueError(f"it has more than {_MOST_LINE:,} bytes, which no run writes")
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             if number < len(texts):
@@ -143,8 +147,9 @@ def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
             continue
         if why := _wrong(line):
             raise RecipeError(f"{path}, line {number} is damaged ({why}): remove it")
-        lines.append(line)
-    return [line for line in lines if kind is None or line.get("kind") == kind]
+        if line.get("kind") in kinds:
+            lines.append({k: v for k, v in line.items() if k == "ratios" or not isinstance(v, (dict, list))})
+    return lines
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import without_speed
 from nodes import Cluster, Node, obstacle
 from safetensors.torch import load_file, save_file
 
@@ -44,10 +45,6 @@ def assert_the_same_run(node: Node, control: Path) -> None:
         assert ours[key] == theirs[key], key
     for name in ("metrics.jsonl", "ledger.jsonl"):
         assert without_speed(node.run / name) == without_speed(control / name)
-
-
-def without_speed(file: Path) -> list[dict[str, object]]:
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_lines(file)]
 
 
 def assert_it_names_the_dead_node(survivor: Node, dead: Node, killed: float) -> None:

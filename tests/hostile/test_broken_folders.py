@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -1133,3 +1134,34 @@ def test_a_resume_on_an_altered_folder(
 def test_a_short_file_takes_little_memory(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert read_bytes(tmp_path / "metrics.jsonl", most=1 << 50) == b"{}\n"
+
+
+@promised(
+    "Altered run folders",
+    ("metrics.jsonl of many small lists", "they take no memory beyond the line in which they stand"),
+)
+def test_what_no_run_writes_is_not_kept(tmp_path: Path) -> None:
+    file, lists = tmp_path / "metrics.jsonl", ",".join(["[]"] * 100_000)
+    file.write_text(f'{{"kind": "eval", "step": 1, "epoch": 1, "top1": 1, "x": [{lists}]}}\n' * 10)
+    tracemalloc.start()
+    lines = read_lines(file)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert lines == [{"kind": "eval", "step": 1, "epoch": 1, "top1": 1}] * 10
+    assert held < file.stat().st_size  # as objects they are 20 times as much
+
+
+@promised(
+    "A run folder that is resumed",
+    ("a long ledger.jsonl", "cut back with one of its lines at a time in memory"),
+)
+def test_a_long_ledger_is_cut_back_line_by_line(tmp_path: Path) -> None:
+    file, ids = tmp_path / "ledger.jsonl", list(range(10_000, 20_000))
+    file.write_text("".join(json.dumps({"step": step, "ids": ids}) + "\n" for step in range(1, 201)))
+    whole = file.stat().st_size
+    tracemalloc.start()
+    _cut_back(file, 100, evaluated=True)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, 101))
+    assert most < whole / 10  # a line is a 200th, and as objects about six times its length
