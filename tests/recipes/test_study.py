@@ -235,6 +235,26 @@ def test_the_figures_are_drawn_from_what_is_there(ledger: Path, monkeypatch: pyt
     assert len(p_values) == 9 and set(p_values.values()) == {1.0}  # all methods are planted alike
 
 
+def test_the_front_page_says_what_the_comparisons_say(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: at 256 LARS is five points above SGD and Nesterov and five below LAMB; elsewhere all are alike."""
+    better = {"lars": 5.0, "lamb": 10.0}
+
+    def top1(setting: Setting, seed: int, epochs: float) -> float:
+        apart = better.get(setting.method, 0.0) if setting.batch == 256 else 0.0
+        return 40.0 + apart - abs(setting.k - 2) + 0.1 * (seed % 5)
+
+    plant(ledger, top1, monkeypatch)
+    first, *others = FIXED["rates"]
+    study.fixed_epochs(first, together)
+    assert summary.findings() == ""
+    for batch in others:
+        study.fixed_epochs(batch, together)
+    at_256, *elsewhere = [line for line in summary.findings().splitlines() if line.startswith("- ")]
+    reached = "SGD 40.2, Nesterov 40.2, LARS 45.2, LAMB 50.2"  # seeds 11 to 15
+    assert at_256 == f"- batch 256: {reached}. LARS is above SGD, Nesterov; below LAMB."
+    assert [line.rpartition(". LARS is ")[2] for line in elsewhere] == ["not told apart from SGD, Nesterov, LAMB."] * 2
+
+
 def test_holm_by_hand() -> None:
     assert summary.holm({(1, "a"): 0.01, (1, "b"): 0.04, (1, "c"): 0.03}) == pytest.approx(
         {(1, "a"): 0.03, (1, "c"): 0.06, (1, "b"): 0.06}
