@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,11 +184,11 @@ def test_evaluate_is_the_same_on_two_processes(
 
 
 @pytest.mark.parametrize("command, name", [(evaluate.main, "evaluation"), (main, "export")])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("inside", [None, "a link", "a pipe"])
 def test_a_link_in_a_stranger_s_run_is_not_written_through(
     command: Callable,
     name: str,
-    inside: bool,
+    inside: str | None,
     tiny: tuple[str, ...],
     tiny_runs: dict[int, Path],
     tmp_path: Path,
@@ -199,9 +200,12 @@ def test_a_link_in_a_stranger_s_run_is_not_written_through(
     (mine / "README.md").write_text("mine")
     if inside:
         (run / name).mkdir()
-        (run / name / "README.md").symlink_to(mine / "README.md")
+        if inside == "a pipe":
+            os.mkfifo(run / name / "README.md")
+        else:
+            (run / name / "README.md").symlink_to(mine / "README.md")
     else:
         (run / name).symlink_to(mine)
     assert command([str(run), "--recipe", str(DEMO / "resnet50.yaml"), "--data", str(data_of(tiny))]) == 2
-    assert "is a link, and what is written there would go elsewhere" in capsys.readouterr().err
+    assert "is a link or a pipe, and what is written there goes elsewhere" in capsys.readouterr().err
     assert [(file.name, file.read_text()) for file in mine.iterdir()] == [("README.md", "mine")]

@@ -83,6 +83,16 @@ def test_a_stopped_run_goes_on_in_the_same_log(tmp_path: Path, tiny: tuple[str, 
     assert all("eval_accuracy" in line or "FAILED" in line for line in complaints), output  # nothing but the accuracy
 
 
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("mine")
+    run.mkdir()
+    (run / "mllog.txt").symlink_to(mine)
+    recipe = config.load(DEMO / "resnet50.yaml", [*CLOSED, f"run_dir={run}"])
+    MLLog(recipe, BatchPlan.of(recipe, 7680, 1), 1000, step=0, writes=True)
+    assert mine.read_text() == "mine" and events(run / "mllog.txt")
+
+
 def test_blocks_end_where_a_run_is_evaluated(tmp_path: Path) -> None:
     keys = (*CLOSED, "epochs=9", "evaluation.first_epoch=2", f"run_dir={tmp_path}")
     recipe = config.load(DEMO / "resnet50.yaml", list(keys))

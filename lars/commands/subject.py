@@ -53,13 +53,13 @@ class Subject(NamedTuple):
         """RUN/name, where something about the run is written.
 
         Raises:
-            RecipeError: it is a link, or holds one: in a stranger's folder that would lead to a file of the user's.
+            RecipeError: it is a link or a pipe, or holds one: what is written there would lead out of the folder.
         """
         folder = self.folder / name
         for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
-            if path.is_symlink():
+            if path.is_symlink() or path.is_fifo():
                 raise RecipeError(
-                    f"{path} is a link, and what is written there would go elsewhere: remove it, or give --out"
+                    f"{path} is a link or a pipe, and what is written there goes elsewhere: remove it, or give --out"
                 )
         return folder
 

@@ -21,6 +21,7 @@ from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.groups import mean_and_spread
 from lars.report.report import committed_top1
+from lars.run.folder import write_atomically
 
 CLUSTER = Path("launch/clusters/h100-8.yaml")
 DEVICES = (1, 8)
@@ -140,6 +141,6 @@ def main(arguments: list[str] | None = None) -> int:
     recipes = [recipe for folder in MODELS.values() for recipe in recipes_of(Path("recipes", folder))]
     for file, text in pages({recipe.name: predict(recipe) for recipe in recipes}):
         changed = text != file.read_text()
-        file.write_text(text)
+        write_atomically(file, text)
         print(f"{file}: {'written' if changed else 'as it was'}")
     return 0

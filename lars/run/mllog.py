@@ -26,6 +26,7 @@ from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, one_line, refuses
 from lars.recipe.schedule import Schedule, evaluation_epochs
+from lars.run.folder import write_atomically
 from lars.run.reading import read_bytes
 
 RULESET = "4.0.0"  # the newest one that still has ResNet-50
@@ -91,7 +92,9 @@ class MLLog:
         from mlperf_logging.mllog.mllog import MLLogger
 
         begun = self._cut_back(step) if step and self.file.is_file() else set()
-        handler = logging.FileHandler(self.file, mode="a" if begun else "w")
+        if not begun:
+            self.file.unlink(missing_ok=True)  # a link would lead out of the folder, and a pipe would wait
+        handler = logging.FileHandler(self.file)
         logger = logging.Logger(str(self.file), logging.INFO)  # of its own: nothing else is to write into the file
         logger.addHandler(handler)
         self.keys, self.logger = constants, MLLogger(logger, root_dir=str(Path(__file__).parents[2]))
@@ -147,7 +150,7 @@ class MLLog:
             raise RecipeError(
                 f"{self.file} is damaged ({type(error).__name__}: {one_line(error)}): remove it"
             ) from None
-        self.file.write_text("".join(kept))
+        write_atomically(self.file, "".join(kept))
         return keys
 
 
