@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import DEMO, RANKS, Ranks, start_ranks, without_speed
@@ -177,6 +179,16 @@ def test_a_damaged_lock_is_dead_after_a_while(
     assert json.loads(file.read_text().partition("\n")[2])["pid"] == os.getpid()
     owner.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_may_not_be_read_is_not_dead(tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another user's, who lives. `root` may read everything, so the refusal of the system is played."""
+    (tmp_path / "lock").write_text("1\n{}")
+    monkeypatch.setattr(
+        "lars.run.reading.os.open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    )
+    with pytest.raises((RecipeError, PermissionError), match="Permission denied"):
+        RunLock(tmp_path).acquire()
 
 
 def test_a_folder_in_the_lock_s_place_is_refused(tmp_path: Path, short: None) -> None:

@@ -136,9 +136,10 @@ def test_a_run_that_changes_its_recipe_is_not_judged_by_what_that_reaches(tmp_pa
 @pytest.mark.parametrize(
     ("keys", "result", "told"),
     [
-        (["max_steps=9"], {"steps": 9, "epochs": 0.23}, "is not judged: stopped early, at max_steps=9"),
+        (["max_steps=9"], {"steps": 9, "epochs": 0.23}, "is not judged: ended after 0.23 of 90 epochs (max_steps=9)"),
         ([], {"steps": 1760, "epochs": 45.0}, "is not judged: ended after 45 of 90 epochs"),
         ([], {"steps": 3519, "epochs": 90.001}, ""),  # the last epoch ends within a step
+        (["max_steps=3519"], {"steps": 3519, "epochs": 90.001}, ""),
     ],
 )
 def test_a_run_that_ended_early_is_not_judged(keys: list[str], result: dict, told: str, tmp_path: Path) -> None:

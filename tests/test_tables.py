@@ -143,7 +143,7 @@ def taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
         ({"epochs": 32.0, "augment": {"flip": 0.0}}, "augment.flip, epochs differ"),
         ({"model": {"kwargs": {"width": 1.0, "image_size": 67}}}, "model.kwargs differ"),
         ({"ema_decay": 0.9}, "ema_decay differ"),  # a key that was not there when the entries were made
-        ({"max_steps": 208}, "stopped early, at max_steps=208"),
+        *(({"seed": seed}, "its config.yaml has seed: ") for seed in ("x/../../../y", None, 1.5, [1], -1)),
         ({"seed": 7}, ""),
     ],
 )
@@ -218,12 +218,13 @@ def test_a_run_from_other_weights_is_not_of_its_recipe(tmp_path: Path) -> None:
     assert changed_keys(run, recipe) == ["model.weights_sha256"]
 
 
-def test_an_entry_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    """A disk that is full loses nothing of an entry, and nothing of a former entry stays beside a new one."""
+def test_no_file_of_an_entry_is_half_written(tmp_path: Path) -> None:
+    """On a full disk `result.json`, which makes it an entry, stays. Nothing of a former entry stays."""
     entry = tmp_path / "seed-0"
     keep(DEMO / "results/alexnet/seed-0", entry)
     (entry / "mllog.txt").write_text("of another run")
-    before = (entry / "metrics.jsonl").read_bytes()
+    names = {file.name for file in entry.iterdir()}
+    before = {name: (entry / name).read_bytes() for name in ("metrics.jsonl", "result.json")}
     room, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((entry / "config.yaml").stat().st_size + 1, most))
     try:
@@ -231,9 +232,10 @@ def test_an_entry_is_the_old_or_the_new_one(tmp_path: Path) -> None:
             keep(DEMO / "results/alexnet/seed-1", entry)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
-    assert (entry / "metrics.jsonl").read_bytes() == before
+    assert {name: (entry / name).read_bytes() for name in before} == before
+    assert {file.name for file in entry.iterdir()} == names
     keep(DEMO / "results/alexnet/seed-1", entry)
-    assert (entry / "metrics.jsonl").read_bytes() != before and not (entry / "mllog.txt").exists()
+    assert (entry / "metrics.jsonl").read_bytes() != before["metrics.jsonl"] and not (entry / "mllog.txt").exists()
 
 
 def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:

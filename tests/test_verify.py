@@ -69,7 +69,14 @@ def test_a_log_that_was_cut_or_mended_is_another(
     lines = forge(read_lines(run / "metrics.jsonl"))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     good, lines = compare(run, tiny_runs[1])
-    assert not good and said in lines[0]
+    assert not good and lines[0].startswith("NO PROOF: ") and said in lines[0]
+
+
+def test_a_run_that_was_killed_may_have_logged_more_than_it_told(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    killed = altered(last=9, steps=7, status="running")
+    assert compare(killed, tiny_runs[1])[1][-1] == "SAME RUN: the first 7 of 7 steps, bit for bit"
 
 
 def test_a_run_that_claims_more_steps_than_its_recipe_has(

@@ -1,4 +1,4 @@
-"""`lars ledger RUN...`: put finished runs into the results ledger, recipes/<model>/results/<recipe>/<run>/.
+"""`lars ledger RUN...`: put finished runs into the results ledger, recipes/<model>/results/<recipe>/seed-<n>/.
 
 An entry is the proof of a row: `config.yaml` (the resolved recipe, without the paths of one machine), `metrics.jsonl`
 (every step), `result.json` (accuracy, hashes, versions, hardware, commit), perhaps `mllog.txt`. `make tables` reads it.
@@ -61,13 +61,14 @@ def other_seeds(run: Path, entry: Path) -> str | None:
         for key in ("data_fingerprint", "content_fingerprint"):
             if mine.get(key) and theirs.get(key) and mine[key] != theirs[key]:
                 return f"its data are not those of {other} ({key}): a row is of one data set"
-    if entry.exists() and read_result(entry).get("weights_sha256") != mine.get("weights_sha256"):
+    before = read_result(entry)
+    if before and any(before.get(key) != mine.get(key) for key in ("weights_sha256", "samples_hash", "steps")):
         return f"{entry} has another run of this seed: move that away first"
     return None
 
 
 def keep(run: Path, entry: Path) -> None:
-    """Copy what proves a run into the ledger.
+    """Copy what proves a run into the ledger. No file of an entry is ever half written; `result.json` comes last.
 
     Raises:
         RecipeError: the run is not finished, or its files contradict each other.
@@ -80,7 +81,7 @@ def keep(run: Path, entry: Path) -> None:
         held = kept.get(section) if section else kept
         if isinstance(held, dict):
             held.pop(name, None)
-    files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "result.json", "mllog.txt")}
+    files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "mllog.txt", "result.json")}
     entry.mkdir(parents=True, exist_ok=True)
     write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     for name, content in files.items():
@@ -104,7 +105,10 @@ def main() -> int:
         model, _, what = name.partition("/") if is_name(name) else ("", "", "")
         if not model or not (RECIPES / model).is_dir():
             raise RecipeError(f"{run} is no run of a recipe of recipes/<model>/: it names {name!r}")
-        entry = RECIPES / model / "results" / what / f"seed-{flatten_run(run).get('seed')}"
+        seed = flatten_run(run).get("seed")
+        if type(seed) is not int or seed < 0:  # a name of a folder here, and a stranger's word
+            raise RecipeError(f"{run} is no run of a recipe: its config.yaml has seed: {str(seed)[:40]!r}")
+        entry = RECIPES / model / "results" / what / f"seed-{seed}"
         if why := complaint(run) or other_run(run, RECIPES / f"{name}.yaml") or other_seeds(run, entry):
             raise RecipeError(f"{run} is no proof of {name}: {why}")
         keep(run, entry)

@@ -38,7 +38,7 @@ from lars.recipe.keys import Data, Recipe, declared, neutral
 from lars.recipe.refusal import RecipeError, did_you_mean, refuses
 
 STARTER, FINETUNE = Path("recipes/starter/resnet18.yaml"), Path("recipes/starter/finetune.yaml")
-_MOST_CLASSES = 1_000_000  # no label is larger
+_MOST_CLASSES = 1_000_000  # more than any data set has; `build_indexes` checks the files with it
 _SIDE = 256  # what packed images are shrunk to
 _EPOCHS = ((2_000, 30), (10_000, 20), (math.inf, 15))  # up to so many images, so many epochs from scratch
 

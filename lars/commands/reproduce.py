@@ -50,6 +50,8 @@ def processes_of(file: Path, asked: int | None) -> int:
     written = read_launch(file)
     if asked is None and torch.cuda.is_available() and not written.get("use_cpu"):
         return torch.cuda.device_count()
+    if asked is None and (type(count := written.get("num_processes")) is not int or count < 1):
+        raise RecipeError(f"{file} says num_processes: {count!r}, which is no number of processes: give --nproc")
     return asked or written["num_processes"]
 
 

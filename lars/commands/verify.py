@@ -113,16 +113,15 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     if whole:
         claimed = read_result(run, (*_AT_THE_END, *_COMPARED))
-    for folder, result in ((run, claimed), (again, repeated)):
-        logged = [line["step"] for line in read_lines(folder / "metrics.jsonl", "train")]
-        if len(logged) != result["steps"] or logged != list(range(1, len(logged) + 1)):
-            return False, [f"NO PROOF: {folder / 'metrics.jsonl'} does not have each of {result['steps']} steps once"]
+    if hole := _hole(run, claimed) or _hole(again, repeated):
+        return False, [f"NO PROOF: {hole}"]
     steps = min(claimed["steps"], repeated["steps"])
     if steps < min(claimed["steps"], flatten_run(again).get("max_steps") or claimed["steps"]):
         return False, [f"DIFFERENT RUN: it claims {claimed['steps']} steps, its repetition ended after {steps}"]
     pairs = _pairs(run, again, "train", steps)
     if there := _evaluated_elsewhere(run, again, steps if whole else steps - 1):
-        return False, [f"DIFFERENT RUN: its log has other evaluations than its repetition, at step {there}"]
+        why = "which its config.yaml does not tell (a run that was continued after an earlier end may be so)"
+        return False, [f"NO PROOF: its log and its repetition are not evaluated alike, first at step {there}, {why}"]
     notes = [] if whole or claimed["steps"] > steps else [f"the run is {claimed['status']}: its end is not compared"]
     if claimed["reproducibility"] == "portable" != repeated["reproducibility"]:
         notes.append(f"the run is portable, this repetition is not: {_why_not_portable(repeated)}")
@@ -147,6 +146,14 @@ def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     lines = [f"  {_word(check.passed)}  {check.name}  {check.detail}".rstrip() for check in checks]
     expected = f"other bits are expected ({'; '.join(reasons)}), so up to rounding:"
     return good, [*notes, expected, *lines, f"{_word(good)} up to rounding: {length}"]
+
+
+def _hole(run: Path, result: dict[str, Any]) -> str:
+    """What is wrong with the steps of a log, or nothing. A run that was killed may have logged more than it told."""
+    logged, told = [line["step"] for line in read_lines(run / "metrics.jsonl", "train")], result["steps"]
+    enough = len(logged) == told or (result["status"] != "finished" and len(logged) > told)
+    whole = enough and logged == list(range(1, len(logged) + 1))
+    return "" if whole else f"{run / 'metrics.jsonl'} does not have each of {told} steps once"
 
 
 class Check(NamedTuple):
@@ -252,16 +259,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not read_result(run).get("steps"):
         raise RecipeError(f"{run} holds no run with a step to verify (no result.json, or 0 steps)")
     claimed = read_result(run, _COMPARED)
-    read_lines(run / "metrics.jsonl")  # damage is told before hours of training
+    if hole := _hole(run, claimed):  # told before hours of training
+        raise RecipeError(hole)
     recipe = args.recipe or recipe_of(run, claimed)
     taken = overrides_of(run, recipe)
     keys = [*taken, *([f"data.path={args.data}"] if args.data else []), *args.overrides]
     here = config.load(recipe, keys)
     words = " ".join(taken) or "nothing"
     print(f"recipe {recipe}, its code and its data are those of this machine; of {run}: {words}")
-    place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}")
     file = launch_file(args.launch)
     steps = f"max_steps={min(args.steps or claimed['steps'], claimed['steps'])}"
+    # A prefix is evaluated where it ends, and the whole run is not: each has its own folder.
+    place = Path("runs/verify", f"{here.name}-{hashlib.sha256(json.dumps([*keys, steps]).encode()).hexdigest()[:8]}")
     processes = processes_of(file, args.nproc)
     again, well = reproduce(recipe, file, processes, [*keys, steps, f"run_dir={place}"], False, print)
     good, lines = False, [f"FAIL: {again} did not end well, see above; start again to resume it"]

@@ -112,14 +112,12 @@ def changed_keys(run: Path, recipe_file: Path) -> list[str]:
 def ended_early(run: Path) -> str | None:
     """How a run that says that it is finished stopped before the end of its recipe; None if it did not."""
     ran, result = flatten_run(run), read_result(run)
-    if stopped := ran.get("max_steps"):
-        return f"stopped early, at max_steps={stopped}"
-    at, wanted, steps = result.get("epochs"), ran.get("epochs"), result.get("steps")
-    if None in (at, wanted, steps) or result.get("status") != "finished":
+    at, wanted, steps, stop = result.get("epochs"), ran.get("epochs"), result.get("steps"), ran.get("max_steps")
+    if result.get("status") != "finished" or at is None or not steps or type(wanted) not in (int, float):
         return None
-    if abs(at - wanted) > at / max(steps, 1):  # the last epoch may end within a step
-        return f"ended after {at:g} of {wanted:g} epochs"
-    return None
+    if wanted - at <= 1 / steps * at + 1e-4:  # the last epoch may end within a step, and four digits are written
+        return None
+    return f"ended after {at:g} of {wanted:g} epochs" + (f" (max_steps={stop})" if type(stop) is int else "")
 
 
 def changes(run: Path, recipe_name: str) -> list[str]:

@@ -204,11 +204,15 @@ def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None
     parts = (content.encode(),) if isinstance(content, str) else (content,) if isinstance(content, bytes) else content
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as stream:  # where a link lies, "wb" would write into the file that it names
-        stream.writelines(parts)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "xb") as stream:  # where a link lies, "wb" would write into the file that it names
+            stream.writelines(parts)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _append(path: Path, text: str) -> None:

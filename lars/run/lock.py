@@ -8,6 +8,7 @@ once its count has stood still for a minute of the observer's own time.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -161,6 +162,10 @@ def _read(file: Path) -> dict[str, Any] | None:
             if not str(found["token"]).isalnum() or type(found["pid"]) is not int:
                 raise ValueError("no lock of a run")
             return {**found, "count": int(count)}
+        except RecipeError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno != errno.ELOOP:
+                raise error.__cause__ from None  # it may be another user's, who lives
+            time.sleep(0.02)
         except (ValueError, LookupError, TypeError, RecursionError):  # made a moment ago and still empty
             time.sleep(0.02)
     return {"token": "unreadable", "host": "an unknown host", "pid": 0, "started": None, "machine": "", "count": 0}

@@ -56,7 +56,7 @@ def open_regular(file: Path) -> BinaryIO | None:
         return None
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise RecipeError(f"{file} cannot be read: {why}") from None
+        raise RecipeError(f"{file} cannot be read: {why}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise RecipeError(f"{file} cannot be read: it is no regular file")
@@ -128,8 +128,8 @@ def diverged(result: dict[str, Any]) -> bool:
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, of one kind if asked; none where there is no file.
 
-    A last line that is still being written, or that a crash cut, is left out. Of a line only numbers, text and ratios
-    are kept: what else a stranger writes there may take 25 times its size in memory.
+    A last line that is still being written, or that a crash cut, is left out, and so are nested values other than
+    ratios: a stranger's many small lists would take 25 times their size in memory.
 
     Raises:
         RecipeError: another line is damaged.

@@ -240,8 +240,8 @@ ZERO2 = json.loads((ROOT / "launch/zero2.json").read_text())
         ({"zero_optimization": {"stage": True}}, ["stage 0, 1, 2 or 3"]),
         ({"zero_optimization": {"stage": [2]}}, ["stage 0, 1, 2 or 3"]),
         ({"zero_optimization": [2]}, ["stage 0, 1, 2 or 3"]),
-        ({"bf16": True}, ["gives bf16 as something else than a section"]),
-        ({"data_types": ["fp32"]}, ["gives data_types as something else than a section"]),
+        ({"bf16": True}, ["gives bf16 as something other than a section"]),
+        ({"data_types": ["fp32"]}, ["gives data_types as something other than a section"]),
         ({"fp16": {"enabled": True}}, ["'fp16'"]),
         ({"bf16": {"enabled": True}}, ["bf16 section", "precision=fp32"]),
         ({"communication_data_type": "bf16"}, ["communication_data_type must be fp32"]),
@@ -315,9 +315,9 @@ def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
         ("- cpu", "is no launch file"),
         ("", "is no launch file"),
         ("num_processes: 2\ndeepspeed_config: zero2.json", "is no launch file"),
-        ("num_processes: two", "num_processes: two, which has to be a number"),
-        ("num_processes: 0", "num_processes: 0, which has to be a number"),
-        ("use_cpu: true", "num_processes: None, which has to be a number"),
+        ("num_processes: two", "num_processes: 'two', which is no number of processes"),
+        ("num_processes: 0", "num_processes: 0, which is no number"),
+        ("use_cpu: true", "num_processes: None, which is no number"),
     ],
 )
 def test_a_damaged_launch_file_is_one_line(
