@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,9 +132,17 @@ def changed(run: Path, keys: dict, result: dict) -> Path:
     return run
 
 
-def taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr("sys.argv", ["ledger", str(run)])
-    return ledger.main() == 0
+@pytest.fixture
+def refusal(recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[Path], str]:
+    """What `lars ledger RUN` says of a run that it refuses; nothing of one that it takes."""
+
+    def told(run: Path) -> str:
+        monkeypatch.setattr("sys.argv", ["ledger", str(run)])
+        status, said = ledger.main(), capsys.readouterr().err
+        assert status == (2 if said else 0)
+        return said
+
+    return told
 
 
 @pytest.mark.parametrize(
@@ -148,22 +157,15 @@ def taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     ],
 )
 def test_a_dressed_up_run_is_no_entry(
-    cheat: dict,
-    words: str,
-    tmp_path: Path,
-    recipes: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    cheat: dict, words: str, tmp_path: Path, recipes: Path, refusal: Callable[[Path], str]
 ) -> None:
-    assert taken(changed(tmp_path / "any name", cheat, {}), monkeypatch) != bool(words)
-    assert words in capsys.readouterr().err
+    said = refusal(changed(tmp_path / "any name", cheat, {}))
+    assert bool(said) == bool(words) and words in said
     made = [entry.name for entry in (recipes / "demo/results/alexnet").glob("*")]
     assert made == ([] if words else ["seed-7"])  # it is named by its seed
 
 
-def test_a_run_that_was_cut_at_a_better_evaluation_is_no_entry(
-    tmp_path: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_was_cut_at_a_better_evaluation_is_no_entry(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
     """Its log is whole up to there, and its result the last evaluation of that log."""
     run = changed(tmp_path / "seed-0", {}, {})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -174,7 +176,7 @@ def test_a_run_that_was_cut_at_a_better_evaluation_is_no_entry(
     told.update(steps=last["step"], epochs=last["epoch"], top1=last["top1"], top5=last["top5"])
     (run / "result.json").write_text(json.dumps(told))
     assert complaint(run) is None
-    assert not taken(run, monkeypatch) and "it ended after 15.0423 of 16 epochs" in capsys.readouterr().err
+    assert "it ended after 15.0423 of 16 epochs" in refusal(run)
 
 
 @pytest.mark.parametrize(
@@ -187,19 +189,14 @@ def test_a_run_that_was_cut_at_a_better_evaluation_is_no_entry(
     ],
 )
 def test_a_row_is_of_one_data_set_and_has_a_seed_once(
-    seed: int,
-    other: dict,
-    words: str,
-    tmp_path: Path,
-    recipes: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    seed: int, other: dict, words: str, tmp_path: Path, recipes: Path, refusal: Callable[[Path], str]
 ) -> None:
     first = changed(tmp_path / "first", {}, {"content_fingerprint": "1" * 64})
-    assert taken(first, monkeypatch)
+    assert refusal(first) == ""
     before = (recipes / "demo/results/alexnet/seed-0/result.json").read_bytes()
     second = changed(tmp_path / "second", {"seed": seed}, {"content_fingerprint": "1" * 64, **other})
-    assert taken(second, monkeypatch) != bool(words) and words in capsys.readouterr().err
+    said = refusal(second)
+    assert bool(said) == bool(words) and words in said
     assert [entry.name for entry in (recipes / "demo/results/alexnet").glob("*")] == ["seed-0"]
     assert (recipes / "demo/results/alexnet/seed-0/result.json").read_bytes() == before
 

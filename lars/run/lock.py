@@ -158,7 +158,8 @@ def _read(file: Path) -> dict[str, Any] | None:
             if (content := read_bytes(file, _MOST_BYTES)) is None:
                 return None
             count, _, owner = content.decode().partition("\n")
-            found = {key: json.loads(owner)[key] for key in ("token", "host", "machine", "pid", "started")}
+            told = json.loads(owner)
+            found = {key: told[key] for key in ("token", "host", "machine", "pid", "started")}
             if not str(found["token"]).isalnum() or type(found["pid"]) is not int:
                 raise ValueError("no lock of a run")
             return {**found, "count": int(count)}
