@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lars.report import elements
 from lars.report.classes import classes
 from lars.report.groups import Group, Run, differing, grouped, mean_and_spread, written
+from lars.run.folder import write_atomically
 from lars.run.mllog import TARGET, seconds_to_target
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     by_path = {run.path: run for g in groups for run in g.runs}
     drawn = curves(groups, stacked=False)  # before anything is written: a file of a run may be damaged
     picture.parent.mkdir(parents=True, exist_ok=True)
-    put(picture, drawn)
+    write_atomically(picture, drawn)
     wide, narrow = elements.data_url(drawn), elements.data_url(curves(groups, stacked=True))
     alt = "training loss, learning rate and top-1 over epochs"
     parts = [
@@ -138,14 +139,8 @@ def write_page(runs: list[Path], verdicts: list[dict[str, str]], notes: list[str
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"\n<title>{escape(recipes)}</title>\n<style>{elements.STYLE}</style>"
     top = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>'
-    put(page, "\n".join([top, *parts, "</body></html>\n"]).encode("utf-8", "xmlcharrefreplace"))
+    write_atomically(page, "\n".join([top, *parts, "</body></html>\n"]).encode("utf-8", "xmlcharrefreplace"))
     return page
-
-
-def put(file: Path, content: bytes) -> None:
-    """Write a file in place of what is there: a link in a stranger's run folder is removed, not followed."""
-    file.unlink(missing_ok=True)
-    file.write_bytes(content)
 
 
 def _unfinished(runs: Iterable[Run]) -> list[str]:
@@ -213,7 +208,7 @@ def _trust(groups: list[Group], picture: Path) -> list[str]:
             why = "not a LARS run" if group.keys.get("optimizer.name") not in (None, "lars") else "none in its log"
             parts.append(f"<p>{escape(group.label)}: no trust ratios: {why}.</p>")
     if shown:
-        put(picture, png := trust_curves(shown))
+        write_atomically(picture, png := trust_curves(shown))
         parts[:0] = [
             "<p>The trust ratio of a layer is what LARS multiplies its learning rate by in a step: trust_coefficient · "
             "|w| / (|g| + weight_decay · |w| + eps), from the norms of its weights w and of their gradient g; 1 where "
