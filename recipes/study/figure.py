@@ -56,17 +56,24 @@ def _accuracy(axis: Axes) -> None:
 
 
 def _target(axis: Axes) -> None:
-    """Steps fall as 1 / batch while scaling is perfect; the grey line does so from SGD's first point on."""
+    """Steps fall as 1 / batch while scaling is perfect; the grey line does so from SGD's first point on.
+
+    A point is the median seed, its bar goes from the fewest steps to the most; what never gets there is not drawn.
+    """
     batches = list(TARGET["rates"])
     for method in METHODS:
         found = {batch: design.steps_to_target(method, batch) for batch in batches}
-        medians = {batch: statistics.median(steps) for batch, steps in found.items() if steps}
-        there = {batch: steps for batch, steps in medians.items() if math.isfinite(steps)}
-        axis.plot(list(there), list(there.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
+        there = {batch: steps for batch, steps in found.items() if steps and math.isfinite(statistics.median(steps))}
+        medians = [statistics.median(steps) for steps in there.values()]
+        below = [median - min(steps) for median, steps in zip(medians, there.values())]
+        above = [max(filter(math.isfinite, steps)) - median for median, steps in zip(medians, there.values())]
+        style = {"color": _COLOUR[method], "marker": "o", "capsize": 3, "label": TITLES[method]}
+        axis.errorbar(list(there), medians, [below, above], **style)
         if method == "sgd" and batches[0] in there:
-            perfect = [there[batches[0]] * batches[0] / batch for batch in batches]
+            perfect = [medians[0] * batches[0] / batch for batch in batches]
             axis.plot(batches, perfect, color="grey", linestyle=":", label="perfect scaling")
     axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(f"steps until {TARGET['top1']:g} % of the held-back images are right, constant rate", fontsize=10)
     _against_batch(axis, batches)
 

@@ -15,6 +15,7 @@ from scipy import stats
 
 from lars.commands.tables import markdown, replace_marked
 from lars.report.groups import mean_and_spread
+from lars.run.reading import diverged, read_result
 
 README = HERE / "README.md"
 
@@ -90,6 +91,10 @@ def accuracy_table() -> str:
     return markdown(["batch", "method", "rate, momentum, warm-up epochs", "top-1 %", "LARS less it"], rows)
 
 
+def _steps(count: float) -> str:
+    return "never" if math.isinf(count) else f"{count:.0f}"
+
+
 def target_table() -> str:
     """Steps to the target of every method at every batch: the median seed, the fewest and the most."""
     rows = []
@@ -97,10 +102,21 @@ def target_table() -> str:
         cells = [f"{batch:,}"]
         for method in METHODS:
             steps = sorted(design.steps_to_target(method, batch))
-            said = ["never" if math.isinf(step) else f"{step:.0f}" for step in steps]
+            said = [_steps(step) for step in steps]
             cells.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})" if said else "")
         rows.append(cells)
     return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+
+
+def scaling() -> str:
+    """The median steps to the target of every method at every batch; nothing before all of them were run."""
+    found = {method: [design.steps_to_target(method, batch) for batch in TARGET["rates"]] for method in METHODS}
+    if not all(steps for each in found.values() for steps in each):
+        return ""
+    batches = ", ".join(f"{batch:,}" for batch in TARGET["rates"])
+    of_method = {method: ", ".join(_steps(statistics.median(steps)) for steps in found[method]) for method in METHODS}
+    head = f"Median steps to {TARGET['top1']:g} % of held-back images, batch {batches} (perfect: a quarter each time):"
+    return f"{head}\n{'; '.join(f'{TITLES[method]} {steps}' for method, steps in of_method.items())}."
 
 
 def tuning_table() -> str:
@@ -119,15 +135,34 @@ def tuning_table() -> str:
     return markdown(head, rows)
 
 
+def search_table() -> str:
+    """Every setting of the search for the target, by its first seed: how far it was trained, and when it was there."""
+    rows = []
+    for batch in TARGET["rates"]:
+        for method in METHODS:
+            fastest = design.fastest(method, batch)
+            for setting in design.settings(TARGET, method, batch):
+                folder = design.target_folder(setting, TARGET["seeds"][0])
+                run, there = read_result(folder), design.reached(folder)
+                values = (f"{setting.rate:g}", f"{setting.momentum:g}", f"{setting.warmup:g}")
+                top1 = "" if not run else "diverged" if diverged(run) else f"{run['top1']:.2f}"
+                count = "" if there is None else f"**{there:.0f}**" if setting == fastest else f"{there:.0f}"
+                rows.append(
+                    [f"{batch:,}", TITLES[method], *values, f"{run.get('steps') or 0:,}" if run else "", top1, count]
+                )
+    return markdown(["batch", "method", "rate", "momentum", "warm-up", "trained", "top-1 %", "there after"], rows)
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """The study's pages and the repository's, as they have to read."""
     text = replace_marked(README.read_text(), "progress", progress())
     text = replace_marked(text, "accuracy", accuracy_table())
     yield README, replace_marked(text, "target", target_table())
     settings = HERE / "SETTINGS.md"
-    yield settings, replace_marked(settings.read_text(), "tuning", tuning_table())
+    text = replace_marked(settings.read_text(), "tuning", tuning_table())
+    yield settings, replace_marked(text, "search", search_table())
     front = HERE.parents[1] / "README.md"
-    yield front, replace_marked(front.read_text(), "study", f"{findings()}\n\n{progress()}".strip())
+    yield front, replace_marked(front.read_text(), "study", f"{findings()}\n\n{scaling() or progress()}".strip())
 
 
 def main() -> None:

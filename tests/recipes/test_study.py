@@ -255,6 +255,32 @@ def test_the_front_page_says_what_the_comparisons_say(ledger: Path, monkeypatch:
     assert [line.rpartition(". LARS is ")[2] for line in elsewhere] == ["not told apart from SGD, Nesterov, LAMB."] * 2
 
 
+def test_the_front_page_says_how_many_steps_each_batch_took(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: SGD needs 2 epochs at 256 and 1,024 and never gets there at 16,384; the others are twice as fast."""
+
+    def top1(setting: Setting, seed: int, epochs: float) -> float:
+        speed = (17.5 if setting.method == "sgd" else 35.0) - 5 * abs(setting.k - 2) - setting.momentum - seed / 100
+        return min(99.0, 10 + max(0.1, 0.0 if (setting.method, setting.batch) == ("sgd", 16384) else speed) * epochs)
+
+    plant(ledger, top1, monkeypatch)
+    for batch in TARGET["rates"]:
+        assert summary.scaling() == ""
+        for method in METHODS:
+            study.steps_to_target(method, batch, together)
+    by_hand = {}
+    for method, full in (("sgd", 17.5), ("lars", 35.0)):
+        speed = full - 0.7 - 0.22  # the median of seeds 21, 22 and 23; momentum 0.7 is the faster one
+        by_hand[method] = [round((TARGET["top1"] - 10) / speed * design.TRAINED / batch) for batch in TARGET["rates"]]
+    numbers = ", ".join(map(str, by_hand["sgd"][:3]))
+    assert f"SGD {numbers}, never; Nesterov " in summary.scaling()
+    assert f"; LARS {', '.join(map(str, by_hand['lars']))}; LAMB " in summary.scaling()
+    table = [line.split(" | ") for line in summary.search_table().splitlines()]
+    bold = [line for line in table if "**" in line[-1]]
+    assert len(table) == 2 + sum(2 * (k[1] - k[0] + 1) for k in TARGET["rates"].values()) * len(METHODS)
+    assert len(bold) == len(METHODS) * len(TARGET["rates"]) - 1  # none for SGD at 16,384
+    figure.draw(ledger)
+
+
 def test_holm_by_hand() -> None:
     assert summary.holm({(1, "a"): 0.01, (1, "b"): 0.04, (1, "c"): 0.03}) == pytest.approx(
         {(1, "a"): 0.03, (1, "c"): 0.06, (1, "b"): 0.06}
