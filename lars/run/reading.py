@@ -42,6 +42,7 @@ _LINES = {
     "eval": {"step": "a count", "epoch": "a number", "top1": "a percentage"},
     "trust": {"step": "a count", "epoch": "a number", "ratios": "numbers"},
 }
+_ALSO = ("images_per_second", "loss", "top5", "images", "ema_loss", "ema_top1", "ema_top5")  # numbers, of some lines
 
 
 def open_regular(file: Path) -> BinaryIO | None:
@@ -128,8 +129,8 @@ def diverged(result: dict[str, Any]) -> bool:
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, of one kind if asked; none where there is no file.
 
-    A last line that is still being written, or that a crash cut, is left out, and so are nested values other than
-    ratios: a stranger's many small lists would take 25 times their size in memory.
+    A last line that is still being written, or that a crash cut, is left out, and so is what no run writes: a
+    stranger's many small values would take up to 25 times their size in memory.
 
     Raises:
         RecipeError: another line is damaged.
@@ -148,7 +149,8 @@ def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
         if why := _wrong(line):
             raise RecipeError(f"{path}, line {number} is damaged ({why}): remove it")
         if line.get("kind") in kinds:
-            lines.append({k: v for k, v in line.items() if k == "ratios" or not isinstance(v, (dict, list))})
+            also = {key for key in _ALSO if isinstance(line.get(key), (int, float))}
+            lines.append({key: line[key] for key in line if key in {"kind", *_LINES[line["kind"]], *also}})
     return lines
 
 
