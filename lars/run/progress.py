@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -73,40 +74,28 @@ class Progress:
             time.time() - self.last_line > _SECONDS_BETWEEN_LINES or step in (self.first + 1, self.steps)
         ):
             self.last_line = time.time()
-            left = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
+            left = tqdm.format_interval((self.last_line - self.started) / (step - self.first) * (self.steps - step))
             speed = f"{speed}, {waiting}" if waiting else speed
-            self._print(f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {speed}  {_clock(left)} left")
+            self.note(f"step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.3g}  {speed}  {left} left")
 
     def _fitting(self, parts: list[str]) -> str:
         """As many of the parts, the first ones first, as this terminal has columns for beside a short bar."""
         there = f"{self.bar.desc}: 100%|| {self.steps}/{self.steps} [00:00:00 left]"
         columns = self.bar.format_dict["ncols"] or 1000  # a terminal that does not say how wide it is cuts nothing off
-        room, kept = columns - len(there) - _SHORTEST_BAR, ""
-        for part in filter(None, parts):
-            longer = f"{kept}, {part}" if kept else part
-            if len(longer) + 2 > room:
-                break
-            kept = longer
-        return kept
+        room = columns - len(there) - _SHORTEST_BAR - len(", ")
+        texts = accumulate(filter(None, parts), "{}, {}".format)
+        return max((text for text in texts if len(text) <= room), key=len, default="")
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
         if self.bar:
             self.bar.write(text)
         elif self.shown:
-            self._print(text)
+            print(f"{self.name}: {text}", flush=True)
 
     def close(self) -> None:
         if self.bar:
             self.bar.close()
-
-    def _print(self, text: str) -> None:
-        print(f"{self.name}: {text}", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def stdout(width: int = 120) -> Console:
@@ -118,15 +107,12 @@ def group_table(model: torch.nn.Module, optimizer: Optimizer) -> str:
     """Which rule each tensor follows, found by dimension; before an engine puts its slices in their place."""
     names = {p: name for name, p in model.named_parameters()}
     table = Table("rule", "weight decay", "tensors", "parameters", "first", "last")
-    for group in optimizer.param_groups:
-        members, rule = group["params"], optimizer.rule_of(group)
+    rows = [(optimizer.rule_of(one), f"{one['weight_decay']:g}", one["params"]) for one in optimizer.param_groups]
+    if frozen := [p for p in names if not p.requires_grad]:
+        rows.append(("frozen", "", frozen))
+    for rule, decay, members in rows:
         count = f"{sum(p.numel() for p in members):,}"
-        table.add_row(
-            rule, f"{group['weight_decay']:g}", str(len(members)), count, names[members[0]], names[members[-1]]
-        )
-    if frozen := [(name, p) for name, p in model.named_parameters() if not p.requires_grad]:
-        count = f"{sum(p.numel() for _, p in frozen):,}"
-        table.add_row("frozen", "", str(len(frozen)), count, frozen[0][0], frozen[-1][0])
+        table.add_row(rule, decay, str(len(members)), count, names[members[0]], names[members[-1]])
     console = stdout()
     with console.capture() as capture:
         console.print(table)
