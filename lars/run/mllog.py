@@ -38,28 +38,18 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
     """What of MLPerf's closed division (ResNet-50, rules of training v4.0) a recipe breaks, one clause each."""
-    augment, optimizer, schedule = recipe.augment, recipe.optimizer, recipe.schedule
+    name, augment, optimizer, schedule = recipe.model.name, recipe.augment, recipe.optimizer, recipe.schedule
+    images, sizes = f"{samples:,} + {val_samples:,}", augment.sizes or [recipe.model.image_size]
+    more = (augment.randaugment, augment.erase, augment.mixup, augment.cutmix)
     halvings = math.log2(optimizer.weight_decay / 1e-4) if optimizer.weight_decay else math.nan
-    rules: tuple[tuple[bool, str], ...] = (
-        (
-            (samples, val_samples) == _IMAGENET,
-            f"the data are ImageNet's 1,281,167 + 50,000 images, not {samples:,} + {val_samples:,}",
-        ),
-        (recipe.model.name in ("resnet50", "resnet50_mlperf"), f"the model is ResNet-50, not {recipe.model.name}"),
-        (
-            recipe.model.name == "resnet50_mlperf",
-            "the last layer begins with N(0, 0.01) and every gamma with 1: model.name=resnet50_mlperf",
-        ),
+    rules: list[tuple[bool, str]] = [
+        ((samples, val_samples) == _IMAGENET, f"the data are ImageNet's 1,281,167 + 50,000 images, not {images}"),
+        (name in ("resnet50", "resnet50_mlperf"), f"the model is ResNet-50, not {name}"),
+        (name == "resnet50_mlperf", "the last layer begins with N(0, 0.01), gammas with 1: model.name=resnet50_mlperf"),
         (augment.scale == [0.05, 1.0], f"crops take 5 % of the area at least, not {100 * augment.scale[0]:g} %"),
-        (
-            {recipe.model.image_size, *augment.sizes} == {224},
-            f"images have 224 pixels, not {', '.join(map(str, augment.sizes or [recipe.model.image_size]))}",
-        ),
+        ({recipe.model.image_size, *sizes} == {224}, f"images have 224 pixels, not {', '.join(map(str, sizes))}"),
         (augment.label_smoothing == 0.1, f"label smoothing is 0.1, not {augment.label_smoothing:g}"),
-        (
-            not any((augment.randaugment, augment.erase, augment.mixup, augment.cutmix)),
-            "images are cropped and flipped, nothing else",
-        ),
+        (not any(more), "images are cropped and flipped, nothing else"),
         (halvings.is_integer(), f"weight decay is 1e-4 times a power of two, not {optimizer.weight_decay:g}"),
         (schedule.end_lr == 1e-4, f"the last rate is 1e-4, not {schedule.end_lr:g}"),
         (schedule.power == 2 or optimizer.name == "sgd", f"the rate decays with power 2, not {schedule.power:g}"),
@@ -68,14 +58,14 @@ def broken_rules(recipe: Recipe, samples: int, val_samples: int) -> list[str]:
         (schedule.warmup_power == 1, f"warm-up is linear, not of power {schedule.warmup_power:g}"),
         (recipe.evaluation.every_epochs in (None, 4), "the run is evaluated every 4 epochs"),
         (optimizer.name in ("sgd", "lars"), f"the optimizer is sgd or lars, not {optimizer.name}"),
-    )
+    ]
     if optimizer.name == "lars":
-        rules += (
+        rules += [
             (optimizer.eps == 0, f"LARS has epsilon 0, not {optimizer.eps}"),
             (optimizer.trust_coefficient == 1e-3, f"LARS has eta 0.001, not {optimizer.trust_coefficient}"),
             (not optimizer.adapt_1d, "biases and norm scales are left out of LARS"),
             (optimizer.decay_in_norm is not False, "the trust ratio has weight decay in its denominator"),
-        )
+        ]
     return [clause for kept, clause in rules if not kept]
 
 
@@ -118,22 +108,17 @@ class MLLog:
         keys, epoch = self.keys, round(step * self.plan.global_batch / self.plan.samples)
         data, ended = {"epoch_num": epoch, "step": step}, int(time.time() * 1000)
         began = ended - int(seconds * 1000)
-        self._block(
-            keys.BLOCK_STOP,
-            first=max((e + 1 for e in self.block_ends if e < epoch), default=1),
-            step=step,
-            time_ms=began,
-        )
+        first = max((e + 1 for e in self.block_ends if e < epoch), default=1)
+        self._block(keys.BLOCK_STOP, first, step, time_ms=began)
         self.logger.start(keys.EVAL_START, metadata=data, time_ms=began)
         self.logger.event(keys.EVAL_ACCURACY, top1 / 100, metadata=data, time_ms=ended)
         self.logger.end(keys.EVAL_STOP, metadata=data, time_ms=ended)
-        last = step == self.plan.steps
-        if top1 >= TARGET or last:
+        if top1 >= TARGET or step == self.plan.steps:
             status = keys.SUCCESS if top1 >= TARGET else keys.ABORTED
             self.logger.end(keys.RUN_STOP, metadata={"status": status, "step": step})
             self.running = False
         else:
-            self._block(keys.BLOCK_START, first=epoch + 1, step=step)
+            self._block(keys.BLOCK_START, epoch + 1, step)
 
     def _block(self, key: str, first: int, step: int = 0, **when: int) -> None:
         count = next((e for e in self.block_ends if e >= first), first) - first + 1
@@ -147,9 +132,7 @@ class MLLog:
             kept = [line for line in kept if json.loads(line.removeprefix(_TOKEN))["metadata"].get("step", 0) <= step]
             keys = {json.loads(line.removeprefix(_TOKEN))["key"] for line in kept}
         except _DAMAGE as error:
-            raise RecipeError(
-                f"{self.file} is damaged ({type(error).__name__}: {one_line(error)}): remove it"
-            ) from None
+            raise _damaged(self.file, error) from None
         write_atomically(self.file, "".join(kept))
         return keys
 
@@ -157,6 +140,8 @@ class MLLog:
 def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
     """The events before a run's start, by MLPerf's names. `decay_steps` is counted from where the recipe counts it."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
+    of_lars = optimizer.name == "lars"
+    prefix = "lars_opt" if of_lars else "sgd_opt"
     facts = {
         "submission_benchmark": "resnet",
         "submission_division": "closed",
@@ -170,19 +155,15 @@ def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
         "eval_samples": val_samples,
         "model_bn_span": plan.bn_group,
         "opt_name": optimizer.name,
-    }
-    prefix = "lars_opt" if optimizer.name == "lars" else "sgd_opt"
-    facts |= {
         f"{prefix}_base_learning_rate": optimizer.lr,
         f"{prefix}_end_learning_rate": schedule.end_lr,
         f"{prefix}_learning_rate_decay_poly_power": schedule.power,
         f"{prefix}_learning_rate_decay_steps": round(Schedule.of(recipe, plan).decay_steps),
         f"{prefix}_momentum": optimizer.momentum,
         f"{prefix}_weight_decay": optimizer.weight_decay,
+        f"{'lars_opt' if of_lars else 'opt'}_learning_rate_warmup_epochs": schedule.warmup_epochs,
     }
-    if optimizer.name != "lars":
-        return facts | {"opt_learning_rate_warmup_epochs": schedule.warmup_epochs}
-    return facts | {"lars_opt_learning_rate_warmup_epochs": schedule.warmup_epochs, "lars_epsilon": optimizer.eps}
+    return facts | {"lars_epsilon": optimizer.eps} if of_lars else facts
 
 
 def seconds_to_target(run: Path) -> float | None:
@@ -196,7 +177,11 @@ def seconds_to_target(run: Path) -> float | None:
         reached = any(event["key"] == "run_stop" and event["metadata"]["status"] == "success" for event in events)
         return (times["run_stop"] - times["run_start"]) / 1000 if reached else None
     except _DAMAGE as error:
-        raise RecipeError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}): remove it") from None
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> RecipeError:
+    return RecipeError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}): remove it")
 
 
 def _package(module: str, *arguments: str) -> bool:
