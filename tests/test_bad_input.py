@@ -89,6 +89,8 @@ def test_a_recipe_that_does_not_exist_or_is_none(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert "did you mean 'recipes/demo/resnet50.yaml'" in complaint(capsys, recipe=Path("recipes/demo/resnet5.yaml"))
+    assert "no recipe at xxx" in complaint(capsys, recipe=Path(f"{'x' * 300}.yaml"))  # no file system has such a name
+    assert "no recipe at xxx" in complaint(capsys, recipe=Path(f"{'x' * 300}/resnet50.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     assert "not valid YAML" in complaint(capsys, recipe=tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")

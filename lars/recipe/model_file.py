@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
+from os.path import isfile
 from pathlib import Path
 
 from lars.recipe.refusal import RecipeError, one_line
@@ -22,7 +23,7 @@ def import_model_file(folder: Path) -> None:
     file = (Path(folder) / "model.py").resolve()
     for outer in _running:
         model_files[outer].append(file)
-    if file.is_file() and file not in model_files:
+    if isfile(file) and file not in model_files:
         model_files[file] = []
         spec = importlib.util.spec_from_file_location(f"recipe_model_{len(model_files)}", file)
         assert spec is not None and spec.loader is not None  # it ends in .py

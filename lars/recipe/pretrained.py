@@ -8,6 +8,7 @@ the file; a run that has a checkpoint goes on without it.
 from __future__ import annotations
 
 import hashlib
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def content(kwargs: dict[str, Any], expected: str | None) -> str | None:
         RecipeError: the file is not what is expected.
     """
     file = weights_file(kwargs)
-    if file is None or not file.is_file():
+    if file is None or not isfile(file):
         if file is None and expected:
             raise RecipeError("model.weights_sha256 is given, and model.kwargs names no file of weights: remove it")
         return expected
@@ -54,7 +55,7 @@ def content(kwargs: dict[str, Any], expected: str | None) -> str | None:
 def without_lost_weights(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` for a model whose weights come from a checkpoint, where the file is gone; else as they are."""
     file = weights_file(kwargs)
-    if file is None or file.is_file():
+    if file is None or isfile(file):
         return kwargs
     return {k: v for k, v in kwargs.items() if k not in ("checkpoint_path", "pretrained", "pretrained_cfg_overlay")}
 
@@ -66,5 +67,5 @@ def require(kwargs: dict[str, Any], run_dir: str) -> None:
         RecipeError: it is not.
     """
     file = weights_file(kwargs)
-    if file is not None and not file.is_file():
+    if file is not None and not isfile(file):
         raise RecipeError(f"model.kwargs names {file}, which is not there, and {run_dir} has no checkpoint")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ def read(path: Path, what: str, others: Iterable[Path] = ()) -> tuple[DictConfig
     Raises:
         RecipeError: there is no such file, or it is not `what`: the reason, and the line.
     """
-    if not path.is_file():
+    if not isfile(path):  # a name that is too long is none, where Path.is_file would raise
         raise RecipeError(f"no {what} at {path}{did_you_mean(str(path), [str(other) for other in others])}")
     try:
         if path.stat().st_size > _MOST_BYTES:

@@ -172,6 +172,12 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         "model.kwargs.checkpoint_path=/none.safetensors",
         "/none.safetensors, which is not there",
     ),
+    (
+        "weights whose name is too long",
+        "refused",
+        f"model.kwargs.checkpoint_path={'x' * 300}.safetensors",
+        "which is not there",
+    ),
     ("a hash of weights, and no weights", "refused", "model.weights_sha256=abc", "names no file of weights"),
     arguments="override, words",
 )
