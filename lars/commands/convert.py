@@ -234,7 +234,7 @@ def convert(arguments: list[str] | None) -> None:
         jobs, identity = _planned(args)
         if (args.out / UNFINISHED).is_symlink():
             raise RecipeError(f"{args.out / UNFINISHED} is a link, and links are not followed: remove it")
-        lock = RunLock(args.out / UNFINISHED, "OUT", "give another OUT", "give another OUT")
+        lock = RunLock(args.out / UNFINISHED, "OUT")
         lock.acquire()
         _convert(args, lock, jobs, identity)
     except OSError as error:

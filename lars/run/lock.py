@@ -36,15 +36,9 @@ class LockLost(RuntimeError):
 class RunLock:
     """The right to write one run folder, held from `acquire` to `release`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        key: str = "run_dir",
-        another: str = "give another run_dir=...",
-        own: str = "give this run its own run_dir=...",
-    ) -> None:
-        """For errors: `key` is what the user gave the folder as, and the others are the remedies."""
-        self.key, self.another, self.own = key, another, own
+    def __init__(self, folder: Path, key: str = "run_dir") -> None:
+        """`key` is what the user gave the folder as, for errors."""
+        self.key = key
         self.file, self.token, self.count = folder / "lock", uuid.uuid4().hex, 0
         self.handle: int | None = None
         self.ended = threading.Event()
@@ -61,9 +55,8 @@ class RunLock:
             while not self._create():
                 self._wait_until_dead()
         except OSError as error:
-            raise RecipeError(
-                f"{self.key}={self.file.parent} cannot be written ({error.strerror}): {self.another}"
-            ) from None
+            why = f"cannot be written ({error.strerror}): give another {self.key}"
+            raise RecipeError(f"{self.key}={self.file.parent} {why}") from None
         threading.Thread(target=self._keep_counting, daemon=True).start()
 
     def check(self) -> None:
@@ -109,7 +102,8 @@ class RunLock:
         first, started, said = _read(self.file), time.monotonic(), False
         while first and (found := _read(self.file)) and found["token"] == first["token"]:
             if found["count"] != first["count"]:
-                raise RecipeError(f"{self.file.parent} is being written by {_who(found)}: wait for it, or {self.own}")
+                remedy = f"wait for it, or give another {self.key}"
+                raise RecipeError(f"{self.file.parent} is being written by {_who(found)}: {remedy}")
             waited = time.monotonic() - started
             if _process_is_gone(found) or waited > DEAD_AFTER:
                 return self._remove(found)
@@ -125,7 +119,7 @@ class RunLock:
         that: the lock may be a faster observer's by then."""
         claim = self.file.with_name(f"lock-after-{dead['token']}")
         try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL, 0o666))
+            claim.touch(exist_ok=False)
         except FileExistsError:
             self._wait_for_claim(claim)
             return
