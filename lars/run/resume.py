@@ -88,10 +88,8 @@ def resume(
     state, holder = found.state, found.holder
     then = state.trajectory | {"data fingerprint": state.data_fingerprint}
     checkpoint.check_same_run(then, recipe, data_fingerprint)
-    holds = peers.rank == holder
-    weights, momentum = peers.together(
-        lambda: read_fitting(found.path, state, recipe, model) if holds else (None, None)
-    )
+    read = partial(read_fitting, found.path, state, recipe, model)
+    weights, momentum = peers.together(read if peers.rank == holder else lambda: (None, None))
     checkpoint.load_weights(peers.broadcast_tensors(weights, holder), state, model)
     for name in () if found.held_by_writer else ("metrics.jsonl", "ledger.jsonl", "mllog.txt"):
         peers.copy_file(run / name, holder, 0)
