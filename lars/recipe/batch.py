@@ -55,15 +55,10 @@ class BatchPlan:
         allowed = [d for d in _divisors(batch) if d % (group or 1) == 0]
         if batch % micro or micro % (group or 1):
             multiple = f" and is no multiple of bn_group={group}" if micro % (group or 1) else ""
-            raise RecipeError(
-                f"runtime.micro_batch={micro} does not divide global_batch={batch}{multiple}: "
-                f"{_nearest(micro, allowed)}"
-            )
+            remedy = _nearest(micro, allowed)
+            raise RecipeError(f"runtime.micro_batch={micro} does not divide global_batch={batch}{multiple}: {remedy}")
         if (recipe.augment.mixup or recipe.augment.cutmix) and micro % 2:
-            raise RecipeError(
-                "augment.mixup and augment.cutmix mix pairs of slots at least: "
-                f"runtime.micro_batch={micro} must be even"
-            )
+            raise RecipeError(f"augment.mixup and augment.cutmix mix pairs: runtime.micro_batch={micro} must be even")
         passes = batch // micro
         if not _can_share(passes, processes, even):
             admits = [m for m in allowed if _can_share(batch // m, processes, even)]

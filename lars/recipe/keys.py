@@ -35,16 +35,12 @@ class Data:
     image_column: str = key("column of the images", "image")
     label_column: str = key("column of the labels", "label")
     max_bad_fraction: float = key("share of undecodable images that may be replaced", 0.0, limit=SHARE)
-    path: str = key(
-        'a Hub id, a folder of Parquet files or images ("./..." is relative to the recipe), or an address', free=True
-    )
+    path: str = key('a Hub id, an address, a folder of Parquet or images ("./": beside the recipe)', free=True)
     revision: str | None = key("of a Hub data set: branch, tag or commit", None, free=True)
     workers: int | None = key(
         "decoding processes a rank; null: its share of the cores less one, at most 16", None, limit=POSITIVE, free=True
     )
-    retry_seconds: float = key(
-        "a read that fails is tried again so long; then the run stops", 300.0, limit=POSITIVE, unit="s", free=True
-    )
+    retry_seconds: float = key("how long a read that fails is tried again", 300.0, limit=POSITIVE, unit="s", free=True)
 
     @property
     def place(self) -> str:
@@ -69,9 +65,7 @@ class Augment:
     scale: list[float] = key("random_resized_crop: smallest and largest share of the area")
     ratio: list[float] = key("random_resized_crop: narrowest and widest aspect ratio", [0.75, 4 / 3])
     resize: int | None = key("random_crop: the shorter side comes to this first", None, limit=POSITIVE, unit="pixels")
-    sizes: list[int] = key(
-        "random_resized_crop: training images grow, [160, 192]; empty: model.image_size throughout", [], unit="pixels"
-    )
+    sizes: list[int] = key("random_resized_crop: they grow, [160, 192]; empty: image_size", [], unit="pixels")
     size_epochs: list[float] = key("when each of sizes but the first begins, [12]", [], unit="epochs")
     pad: int = key("random_crop: zeros added on every side first", 0, limit=NOT_NEGATIVE, unit="pixels")
     flip: float = key("probability of a horizontal flip", limit=PROBABILITY)
@@ -110,9 +104,7 @@ class Runtime:
     micro_batch: int | None = key(
         "samples of one forward; null: bn_group, else gcd(global_batch, 64)", None, limit=POSITIVE, free=True
     )
-    deterministic: bool = key(
-        "bitwise for every number of processes; false takes DDP's own sum, which is faster", True, free=True
-    )
+    deterministic: bool = key("bitwise for every number of processes; false: DDP's sum, faster", True, free=True)
     portable: bool = key("on CPUs: the same bits on every x86-64 with AVX2, slower", False, free=True)
     activation_checkpointing: bool = key("less memory, one more forward", False, free=True)
     channels_last: bool = key("faster convolutions on GPUs", False, free=True)
@@ -149,9 +141,7 @@ class Recipe:
     bn_group: int | None = key("samples that share batch-norm statistics; null: no batch norm", limit=POSITIVE)
     optimizer: Keys = field(default_factory=Keys)  # of the class that optimizer.name has registered
     clip_norm: float | None = key("largest norm of the whole gradient; null: any", None, limit=POSITIVE)
-    ema_decay: float | None = key(
-        "of the weights' moving average, which is evaluated too; null: none", None, limit=SHARE
-    )
+    ema_decay: float | None = key("of the weights' moving average, evaluated too; null: none", None, limit=SHARE)
     schedule: ScheduleKeys = field(default_factory=ScheduleKeys)
     epochs: float = key("length of the run", limit=POSITIVE)
     seed: int = key("of weights, order, augmentation and dropout", limit=NOT_NEGATIVE)

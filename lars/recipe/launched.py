@@ -19,7 +19,6 @@ from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, did_you_mean, one_line
 
 # DeepSpeed settings that cost or save time and memory. Everything else may change the run, so it is refused by name.
-_SECTIONS = ("deepspeed_config", "fsdp_config")  # of a launch file
 _SPEED_KEYS = (
     "zero_optimization zero_allow_untested_optimizer gradient_clipping communication_data_type data_types bf16 "
     "wall_clock_breakdown memory_breakdown comms_logger flops_profiler dump_state steps_per_print"
@@ -30,7 +29,6 @@ _ZERO_KEYS = (
     "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
     "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save"
 ).split()
-
 
 # What a launcher tells a process; torchrun sets all six, `srun` scripts do so by hand.
 _PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -117,10 +115,7 @@ def place(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
     if wrong or not numbers["RANK"] < numbers["WORLD_SIZE"] or not numbers["LOCAL_RANK"] < numbers["LOCAL_WORLD_SIZE"]:
         wrong = wrong or ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
         given = ", ".join(f"{name}={environment[name]}" for name in wrong)
-        raise Alone(
-            f"a launcher cannot mean {given}: these are whole numbers, and ranks count from 0 to one less than their "
-            "number"
-        )
+        raise Alone(f"a launcher cannot mean {given}: these are whole numbers, and ranks lie below their number")
     if not 0 < numbers["MASTER_PORT"] < 2**16:
         raise Alone(f"MASTER_PORT={numbers['MASTER_PORT']} of the launcher is no port: give one from 1 to 65535")
     return numbers
@@ -166,8 +161,8 @@ def read_launch(file: Path) -> dict[str, Any]:
         written = yaml.safe_load(file.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"launch file {file} cannot be read: {one_line(error)}") from None
-    sections = [written.get(key) for key in _SECTIONS] if isinstance(written, dict) else []
-    if not sections or not all(section is None or isinstance(section, dict) for section in sections):
+    sections = ("deepspeed_config", "fsdp_config")
+    if not isinstance(written, dict) or not all(isinstance(written.get(key) or {}, dict) for key in sections):
         raise RecipeError(f"{file} is no launch file: write one as launch/cpu-2.yaml")
     return written
 
@@ -206,28 +201,20 @@ def _check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
     for section, allowed in ((config, _SPEED_KEYS), (zero, _ZERO_KEYS)):
         unknown = sorted(key for key in set(section) - set(allowed) if not _is_off(section[key]))
         if unknown:
-            raise RecipeError(
-                f"DeepSpeed's {unknown[0]!r} may change the run, which the recipe alone decides: remove it from the "
-                f"JSON{did_you_mean(unknown[0], allowed)}"
-            )
+            meant = did_you_mean(unknown[0], allowed)
+            raise RecipeError(f"DeepSpeed's {unknown[0]!r} may change the run: remove it from the JSON{meant}")
     if config.get("gradient_clipping") != 0:
         raise RecipeError('the DeepSpeed JSON must say "gradient_clipping": 0.0: without it accelerate clips at 1.0')
     if config.get("communication_data_type", "fp32") != "fp32":
         raise RecipeError("DeepSpeed's communication_data_type must be fp32: gradients are added in float32")
     accumulation = config.get("data_types", {}).get("grad_accum_dtype")
     if accumulation not in (None, "fp32"):
-        raise RecipeError(
-            f"DeepSpeed's data_types.grad_accum_dtype={accumulation}: gradients are added in float32, write fp32"
-        )
+        raise RecipeError(f"DeepSpeed's grad_accum_dtype={accumulation}: gradients are added in float32, write fp32")
     if config.get("bf16", {}).get("enabled"):
         if recipe.precision != "bf16":
-            raise RecipeError(
-                f"DeepSpeed's bf16 section contradicts precision={recipe.precision} of the recipe: remove the section"
-            )
+            raise RecipeError(f"DeepSpeed's bf16 section contradicts precision={recipe.precision}: remove the section")
         if zero["stage"] == 0:
-            raise RecipeError(
-                "DeepSpeed's bf16 section does not work on stage 0: remove it, precision=bf16 is autocast over float32"
-            )
+            raise RecipeError("DeepSpeed's bf16 section does not work on stage 0: remove it, precision=bf16 is enough")
         if accumulation is None or "communication_data_type" not in config:
             raise RecipeError(
                 'DeepSpeed\'s bf16 section needs "data_types": {"grad_accum_dtype": "fp32"} and '

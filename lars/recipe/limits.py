@@ -48,9 +48,7 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
     if augment.scale[1] > 1:
         raise RecipeError(f"augment.scale={augment.scale}: a crop has at most the area of its image, 1.0")
     if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
-        raise RecipeError(
-            "augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive"
-        )
+        raise RecipeError("augment.mean and augment.std are three numbers each (red, green, blue), std positive")
     remedy = "pixels of 0 ... 255: multiply values of 0 ... 1 by 255"
     if not 0 <= min(augment.mean) <= max(augment.mean) <= 255 or 0 < max(augment.mean) <= 1:
         raise RecipeError(f"augment.mean={augment.mean} is subtracted from {remedy}")
@@ -66,16 +64,10 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
             f"runtime.hang_seconds={recipe.runtime.hang_seconds:g}, or the run would be ended as hanging first"
         )
     if recipe.runtime.portable and recipe.runtime.compile:
-        raise RecipeError(
-            "runtime.compile=true makes kernels for this CPU, which runtime.portable=true excludes: "
-            "set one of them to false"
-        )
+        excluded = "which runtime.portable=true excludes: set one of them to false"
+        raise RecipeError(f"runtime.compile=true makes kernels for this CPU, {excluded}")
     if recipe.seed >= 2**63:
         raise RecipeError(f"seed={recipe.seed} does not fit 63 bits")
-    if recipe.schedule.warmup_epochs >= recipe.epochs:
-        raise RecipeError(
-            f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} must be below epochs={recipe.epochs:g}"
-        )
     _check_decay(recipe)
 
 
@@ -87,9 +79,7 @@ def _check_sizes(recipe: Recipe) -> None:
     if not all(0 < a < b for a, b in zip(begins, [*begins[1:], recipe.epochs])):
         raise RecipeError(f"{told}: the epochs must be positive, grow and lie below epochs={recipe.epochs:g}")
     if sizes and recipe.augment.crop != "random_resized_crop":
-        raise RecipeError(
-            "augment.sizes belong to augment.crop: random_resized_crop; another crop would cut out less of an image"
-        )
+        raise RecipeError("augment.sizes belong to augment.crop: random_resized_crop; another would cut out less")
     if sizes and recipe.runtime.compile:
         raise RecipeError(
             "runtime.compile=true makes other kernels for a size that is not the run's first, so a resumed run would "
@@ -101,14 +91,14 @@ def _check_decay(recipe: Recipe) -> None:
     """A key that the shape of the decay has no use for would be believed to do something."""
     keys = recipe.schedule
     before = keys.hold_epochs + (keys.warmup_epochs if keys.decay_from == "warmup_end" else 0.0)
+    if keys.warmup_epochs >= recipe.epochs:
+        raise RecipeError(f"schedule.warmup_epochs={keys.warmup_epochs:g} must be below epochs={recipe.epochs:g}")
     if keys.shape != "polynomial" and keys.power != 1:
         raise RecipeError(f"schedule.power={keys.power:g} belongs to a polynomial, not to {keys.shape}: write power: 1")
     if keys.shape != "step" and before >= recipe.epochs and keys.decay_steps is None:
         raise RecipeError(f"schedule.hold_epochs={keys.hold_epochs:g} leaves nothing of epochs={recipe.epochs:g}")
     if (keys.shape == "step") != bool(keys.milestones):
-        raise RecipeError(
-            "schedule.milestones are epochs, as in [30, 60, 80], with schedule.shape: step and only there"
-        )
+        raise RecipeError("schedule.milestones, as in [30, 60, 80] epochs, belong to schedule.shape: step alone")
     if keys.shape == "step" and (keys.end_lr or keys.hold_epochs or keys.decay_steps):
         raise RecipeError("schedule.shape: step has no end_lr, hold_epochs or decay_steps: leave them out")
     if not all(0 < a < b for a, b in zip(keys.milestones, [*keys.milestones[1:], math.inf])):

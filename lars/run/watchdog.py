@@ -138,10 +138,8 @@ class Watchdog:
         places = [tuple(sign[1:3]) for sign in self._signs(everybody)] if self.store else [self.place]
         first = min(places)
         last = _ranks([rank for rank, place in enumerate(places) if place == first])
-        return (
-            f"no process has moved for {self.seconds:g} s; {last} of {self.peers.processes} came no further than "
-            f"step {first[0] + 1}, pass {first[1]}"
-        )
+        who, where = f"{last} of {self.peers.processes}", f"step {first[0] + 1}, pass {first[1]}"
+        return f"no process has moved for {self.seconds:g} s; {who} came no further than {where}"
 
     def _sign(self) -> None:
         self._ask("set", f"alive {self.peers.rank}", json.dumps([self.ticks, *self.place, self.reason]))
