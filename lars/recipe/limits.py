@@ -28,19 +28,15 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
         )
     if "\0" in (recipe.run_dir or ""):
         raise RecipeError(f"run_dir={recipe.run_dir!r} is no path")
-    known = declared(type(recipe.optimizer))
-    for key, one in known.items():
-        allowed = one.metadata["choices"]
-        if allowed and flat[key] not in allowed:
-            remedy = f"use {' or '.join(allowed)}{did_you_mean(flat[key], allowed)}"
-            raise RecipeError(f"{key}={flat[key]} is unknown: {remedy}")
-    for key, value in flat.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise RecipeError(f"{key}={value} is not finite")
-    for key, one in known.items():
-        if (limit := one.metadata["limit"]) and flat[key] is not None and not HOLDS[limit](flat[key]):
-            raise RecipeError(f"{key}={flat[key]} {limit}")
+    for key, one in declared(type(recipe.optimizer)).items():
+        value, choices, limit = flat[key], one.metadata["choices"], one.metadata["limit"]
+        if choices and value not in choices:
+            raise RecipeError(f"{key}={value} is unknown: use {' or '.join(choices)}{did_you_mean(value, choices)}")
+        numbers = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise RecipeError(f"{key}={value} is not finite")
+        if limit and value is not None and not HOLDS[limit](value):
+            raise RecipeError(f"{key}={value} {limit}")
     for key in ("scale", "ratio"):
         value = flat[f"augment.{key}"]
         if len(value) != 2 or not 0 < value[0] <= value[1]:

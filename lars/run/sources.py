@@ -59,12 +59,8 @@ def commit() -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The numeric environment: where these agree, the promise of one hash holds."""
-    found = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "system": platform.system(),
-    }
+    found = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= {"python": sys.version.split()[0], "system": platform.system()}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = {"device": torch.cuda.get_device_name(device), "instructions": f"sm_{major}{minor}"}
