@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -191,34 +192,38 @@ def _store(address: str, port: int) -> dist.Store:
             time.sleep(1)
     else:
         raise Alone(f"MASTER_ADDR={address} has no address here ({unknown}): name a machine that all nodes know")
-    found: list[dist.Store] = []
-    failed: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            found.append(next(dist.rendezvous("env://", timeout=_FIRST_MEETING))[0])
-        except Exception as error:
-            failed.append(error)
-
-    thread, mute, closed = threading.Thread(target=ask, daemon=True), 0, 0  # torch waits for an answer without end
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher, before it starts a process
-    thread.start()
-    thread.join(1)
-    while thread.is_alive() and mute < _MUTE and closed < _MUTE:
+    answer = aside(lambda: next(dist.rendezvous("env://", timeout=_FIRST_MEETING))[0])  # torch waits without end
+    mute = closed = 0
+    while not wait([answer], timeout=1).done and mute < _MUTE and closed < _MUTE:
         try:
             socket.create_connection((address, port), timeout=1).close()
             mute += 1
         except OSError:
             closed += held
-        thread.join(1)
-    if found:
-        return found[0]
-    why = one_line(failed[0]) if failed else "whoever listens there does not answer as torch's store does"
+    failed = answer.exception() if answer.done() else None
+    if answer.done() and not failed:
+        return answer.result()
+    why = one_line(failed) if failed else "whoever listens there does not answer as torch's store does"
     if closed >= _MUTE:
         raise Alone(f"nobody listens at MASTER_ADDR={address} MASTER_PORT={port} any more: the launcher is gone")
     raise Alone(
         f"MASTER_ADDR={address} MASTER_PORT={port} is no place to meet: {why}; give a port that nobody else uses"
     )
+
+
+def aside(call: Callable[[], T]) -> Future[T]:
+    """The outcome of a call in a thread of its own, for which nobody has to wait: not even the end of the process."""
+    outcome: Future[T] = Future()
+
+    def play() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=play, daemon=True).start()
+    return outcome
 
 
 def short(value: Any) -> str:

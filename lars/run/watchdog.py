@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lars.recipe.keys import Runtime
-from lars.run.peers import Peers
+from lars.run.peers import Peers, aside
 
 GONE_AFTER = 30  # ticks (seconds) without a sign of life: a machine without power closes no connection
 _AT_ONCE = 4  # ticks that are enough once an exchange has failed
@@ -45,7 +45,7 @@ class Watchdog:
         self.place, self.reason = (0, 0), ""  # why this process ends, once it does
         self.seen: dict[int, tuple[list, int]] = {}  # rank -> its last sign of life, and my tick when it was new
         self.store_lost_at: int | None = None
-        self.talking, self.question = threading.Lock(), None  # the thread that last asked the store
+        self.talking, self.question = threading.Lock(), None  # the last one that was put to the store
         self.asked, self.ended = threading.Event(), threading.Event()
         self.store = None
         if peers.processes > 1:
@@ -152,25 +152,14 @@ class Watchdog:
         """A call of torch's store, from a thread of its own: where a cable is pulled neither answer nor error comes.
 
         Raises:
-            ConnectionError: the store does not answer, or has not answered the call before.
+            ConnectionError: the store has not answered the call before.
+            TimeoutError: it does not answer this one.
         """
-        answers: list[Any] = []
-        failures: list[Exception] = []
-
-        def call() -> None:
-            try:
-                answers.append(getattr(self.store, what)(*words))
-            except Exception as error:
-                failures.append(error)
-
         with self.talking:
-            if self.question is None or not self.question.is_alive():
-                self.question = threading.Thread(target=call, daemon=True)
-                self.question.start()
-                self.question.join(_ANSWER)
-        if not answers:
-            raise failures[0] if failures else ConnectionError("torch's store does not answer")
-        return answers[0]
+            if self.question and not self.question.done():
+                raise ConnectionError("torch's store does not answer")
+            self.question = aside(lambda: getattr(self.store, what)(*words))
+            return self.question.result(_ANSWER)
 
     def _complain(self, what: str) -> None:
         message = self.say(what)
