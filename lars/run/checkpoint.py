@@ -28,6 +28,7 @@ from lars.run.reading import open_regular, read_bytes
 log = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "momentum.safetensors")
+_MOST_STATE = 1 << 24  # bytes: half a million row groups; as objects many small values are 25 times as much
 
 
 @dataclass
@@ -109,7 +110,7 @@ def damage(checkpoint: Path) -> str:
 def _state(checkpoint: Path) -> State:
     """What `state.json` says; ValueError if it is not what a run writes."""
     try:
-        state = State(**json.loads(read_bytes(checkpoint / "state.json") or b""))
+        state = State(**json.loads(read_bytes(checkpoint / "state.json", _MOST_STATE) or b""))
         wrong = [name for name, kind in get_type_hints(State).items() if not _is(getattr(state, name), kind)]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"state.json: {one_line(error)}") from None

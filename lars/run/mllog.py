@@ -33,6 +33,7 @@ RULESET = "4.0.0"  # the newest one that still has ResNet-50
 TARGET = 75.9  # per cent, top-1
 _IMAGENET = (1_281_167, 50_000)
 _TOKEN = ":::MLLOG "
+_MOST_BYTES = 1 << 24  # of a log that is read: ten thousand evaluations
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a mangled event
 
 
@@ -169,7 +170,7 @@ def _facts(recipe: Recipe, plan: BatchPlan, val_samples: int) -> dict[str, Any]:
 def seconds_to_target(run: Path) -> float | None:
     """From `run_start` to the evaluation that reached the target; None without a log, or if none reached it."""
     file = run / "mllog.txt"
-    lines = (read_bytes(file) or b"").splitlines(keepends=True)
+    lines = (read_bytes(file, _MOST_BYTES) or b"").splitlines(keepends=True)
     try:
         whole = [line for line in lines if line.endswith(b"\n")]  # a crash may have cut the last
         events = [json.loads(line.removeprefix(_TOKEN.encode())) for line in whole]

@@ -221,6 +221,7 @@ def test_a_claim_of_many_steps_costs_no_memory(run: Path) -> None:
 @promised(
     "Altered run folders",
     ("mllog.txt with events of every JSON type", "refused by report in one line"),
+    ("mllog.txt of 20 MB", "refused by report in one line"),
 )
 def test_a_mangled_log_of_mlperf_is_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -238,6 +239,10 @@ def test_a_mangled_log_of_mlperf_is_one_line(
         (run / "mllog.txt").write_text(f":::MLLOG {event}\n", encoding="latin-1")
         with pytest.raises(RecipeError, match="mllog.txt is damaged"):
             seconds_to_target(run)
+    large = shutil.copytree(run, run.with_name("large"))
+    os.truncate(large / "mllog.txt", 20_000_000)
+    with pytest.raises(RecipeError, match="mllog.txt has more than"):
+        seconds_to_target(large)
     monkeypatch.setattr("sys.argv", ["report", str(run)])
     assert report.main() == 2
     said = capsys.readouterr().err
@@ -819,6 +824,13 @@ def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+
+
+@promised("Damaged checkpoints", ("state.json of 20 MB", "damaged: not read, so that it takes no memory"))
+def test_a_large_state_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    os.truncate(saved(tmp_path)[0] / "state.json", 20_000_000)
+    assert "state.json has more than 16,777,216 bytes" in checkpoint.damage(saved(tmp_path)[0])
 
 
 @promised(
