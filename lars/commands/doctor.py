@@ -29,8 +29,8 @@ from rich.table import Table
 from lars.commands.checkup import Checkup
 from lars.commands.roll_call import COME, REPORT, RollCall
 from lars.recipe.launched import Alone
-from lars.recipe.refusal import RecipeError, hidden, one_line
-from lars.run.peers import Peers, short
+from lars.recipe.refusal import RecipeError, hidden, one_line, short
+from lars.run.peers import Peers
 from lars.run.progress import stdout
 from lars.run.signals import interrupts_end_at_once
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
+from typing import Any
 
 _SHORTEST = 4  # characters of a value that is hidden; a shorter one would hide half of every message
 
@@ -91,3 +92,9 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def short(value: Any) -> str:
+    """A value as a message has room for it: of a hash as much as tells it from another."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

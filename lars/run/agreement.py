@@ -20,8 +20,9 @@ from lars.exact import portable
 from lars.recipe import config
 from lars.recipe.keys import Data, Recipe
 from lars.recipe.launched import Launched, uses_cpu
+from lars.recipe.refusal import short
 from lars.run.folder import weights_sha256
-from lars.run.peers import Peers, short
+from lars.run.peers import Peers
 from lars.run.sources import environment, versions
 
 if TYPE_CHECKING:  # these two know this file

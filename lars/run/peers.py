@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from lars.recipe.launched import Alone, place, uses_cpu, uses_deepspeed
-from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.refusal import RecipeError, one_line, short
 
 T = TypeVar("T")
 
@@ -224,9 +224,3 @@ def aside(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=play, daemon=True).start()
     return outcome
-
-
-def short(value: Any) -> str:
-    """A value as a message has room for it."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"

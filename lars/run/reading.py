@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from lars.recipe.config import one_level
-from lars.recipe.refusal import RecipeError, one_line
+from lars.recipe.refusal import RecipeError, one_line, short
 
 RECIPES = Path(__file__).parents[2] / "recipes"  # this repository's; an installed library has none
 _MOST_LINES = 1 << 28  # bytes of metrics.jsonl: three times those of 450,000 steps
@@ -114,7 +114,7 @@ def read_result(run: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     result = read_object(file)
     for kind, keys in _RESULT.items():
         if wrong := [key for key in keys if result.get(key) is not None and not _is(kind, result[key])]:
-            told = f"{wrong[0]} is {_short(result[wrong[0]])}, not {kind}"
+            told = f"{wrong[0]} is {short(repr(result[wrong[0]]))}, not {kind}"
             raise RecipeError(f"{file} is damaged ({told}): remove it, the run resumes from its checkpoint")
     if missing := [key for key in needed if result.get(key) is None]:
         raise RecipeError(f"{file} lacks {', '.join(missing)}: this is no result of a run")
@@ -192,7 +192,7 @@ def _wrong(line: Any) -> str:
         return "no JSON object"
     kinds = _LINES.get(kind, {}) if isinstance(kind := line.get("kind"), str) else {}
     wrong = [(key, what) for key, what in kinds.items() if not _is(what, line.get(key))]
-    return f"{wrong[0][0]} is {_short(line.get(wrong[0][0]))}, not {wrong[0][1]}" if wrong else ""
+    return f"{wrong[0][0]} is {short(repr(line.get(wrong[0][0])))}, not {wrong[0][1]}" if wrong else ""
 
 
 def _is(kind: str, value: Any) -> bool:
@@ -217,15 +217,10 @@ def _plain(value: Any) -> Any:
     """
     if isinstance(value, dict):
         if odd := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"the key {_short(odd[0])} is no text")
+            raise ValueError(f"the key {short(repr(odd[0]))} is no text")
         return {_plain(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return "".join(" " if unicodedata.category(sign) in ("Cc", "Cf", "Cs") else sign for sign in str(value))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
