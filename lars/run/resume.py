@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lars.engine.average import named_in_checkpoint
 from lars.engine.build import build_optimizer
-from lars.optim.base import Optimizer
 from lars.recipe import pretrained
 from lars.recipe.keys import Recipe, fixing
 from lars.recipe.refusal import RecipeError, one_line
 from lars.run import checkpoint
+from lars.run.checkpoint import State
 from lars.run.peers import Peers
 from lars.run.reading import flatten_run, read_result
 from lars.run.sources import changed_sources, source_sha256
+
+Tensors = dict[str, Tensor]  # by plain names
 
 
 class Found(NamedTuple):
@@ -26,7 +28,7 @@ class Found(NamedTuple):
 
     holder: int  # the process that has read it
     path: Path
-    state: checkpoint.State
+    state: State
     held_by_writer: bool  # whether rank 0, which writes the run folder, sees it too
 
 
@@ -75,7 +77,7 @@ def newest_checkpoint(peers: Peers, run: Path) -> Found | None:
 
 def resume(
     peers: Peers, run: Path, recipe: Recipe, data_fingerprint: str, model: nn.Module
-) -> tuple[checkpoint.State | None, dict[str, Tensor]]:
+) -> tuple[State | None, Tensors]:
     """Load the newest checkpoint's weights into a plain model on all processes; its numbers and its momentum.
 
     Raises:
@@ -98,9 +100,7 @@ def resume(
     return state, peers.broadcast_tensors(momentum, holder)
 
 
-def read_fitting(
-    path: Path, state: checkpoint.State, recipe: Recipe, model: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_fitting(path: Path, state: State, recipe: Recipe, model: nn.Module) -> tuple[Tensors, Tensors]:
     """A checkpoint's weights and momentum, for a plain model and the optimizer of its parameters.
 
     Raises:
@@ -108,7 +108,7 @@ def read_fitting(
     """
     try:
         tensors = checkpoint.read(path)
-        odd = _misfit(state, *tensors, model, build_optimizer(recipe, model), bool(recipe.ema_decay))
+        odd = _misfit(state, *tensors, model, recipe)
     except (SafetensorError, OSError) as error:
         odd = one_line(error)
     if odd:
@@ -119,22 +119,16 @@ def read_fitting(
     return tensors
 
 
-def _misfit(
-    state: checkpoint.State,
-    weights: dict[str, Tensor],
-    momentum: dict[str, Tensor],
-    model: nn.Module,
-    rule: Optimizer,
-    averaged: bool,
-) -> str:
+def _misfit(state: State, weights: Tensors, momentum: Tensors, model: nn.Module, recipe: Recipe) -> str:
     """The first tensor that is missing, or has another name, shape or type than the model's; empty if all fit."""
     twice = checkpoint.aliases(model)
     if state.aliases != twice:
         return "other tied weights"
     named = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
+    rule = build_optimizer(recipe, model)
     named_p = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     trained = {rule.state_key(name, kind): p for name, p in named_p for kind in rule.state_tensors}
-    if averaged:
+    if recipe.ema_decay:
         trained |= named_in_checkpoint(named)
     whole = state.format > 1 and state.step > 0  # before the first step nothing has a velocity
     for kind, found, wanted, complete in (("weight", weights, named, True), ("velocity", momentum, trained, whole)):
