@@ -22,7 +22,9 @@ VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^{}$]*))?\}")  # with a value for
 class Model:
     name: str = key("any timm model")
     num_classes: int = key("width of the last layer", limit=POSITIVE)
-    image_size: int = key("of evaluation, and of training without augment.sizes", limit=POSITIVE, unit="pixels")
+    image_size: int = key(
+        "of evaluation, and of training unless augment.sizes say otherwise", limit=POSITIVE, unit="pixels"
+    )
     kwargs: dict[str, Any] = key("passed to timm.create_model", {})
     frozen: list[str] = key("beginnings of the names of parameters that are not trained", [])
     weights_sha256: str | None = key("of the file of weights that kwargs name, filled in from it", None)
@@ -35,12 +37,23 @@ class Data:
     image_column: str = key("column of the images", "image")
     label_column: str = key("column of the labels", "label")
     max_bad_fraction: float = key("share of undecodable images that may be replaced", 0.0, limit=SHARE)
-    path: str = key('a Hub id, an address, a folder of Parquet or images ("./": beside the recipe)', free=True)
+    path: str = key(
+        'a Hub id, a folder of Parquet files or images ("./..." is relative to the recipe), or an address', free=True
+    )
     revision: str | None = key("of a Hub data set: branch, tag or commit", None, free=True)
     workers: int | None = key(
-        "decoding processes a rank; null: its share of the cores less one, at most 16", None, limit=POSITIVE, free=True
+        "decoding processes of each rank; null: its share of the cores less one, at most 16",
+        None,
+        limit=POSITIVE,
+        free=True,
     )
-    retry_seconds: float = key("how long a read that fails is tried again", 300.0, limit=POSITIVE, unit="s", free=True)
+    retry_seconds: float = key(
+        "how long a read that fails is tried again; then the run saves and stops",
+        300.0,
+        limit=POSITIVE,
+        unit="s",
+        free=True,
+    )
 
     @property
     def place(self) -> str:
@@ -64,8 +77,12 @@ class Augment:
     crop: str = key("random_crop comes after resize and pad", choices=("random_resized_crop", "random_crop"))
     scale: list[float] = key("random_resized_crop: smallest and largest share of the area")
     ratio: list[float] = key("random_resized_crop: narrowest and widest aspect ratio", [0.75, 4 / 3])
-    resize: int | None = key("random_crop: the shorter side comes to this first", None, limit=POSITIVE, unit="pixels")
-    sizes: list[int] = key("random_resized_crop: they grow, [160, 192]; empty: image_size", [], unit="pixels")
+    resize: int | None = key(
+        "random_crop: the shorter side is brought to this first", None, limit=POSITIVE, unit="pixels"
+    )
+    sizes: list[int] = key(
+        "random_resized_crop: training images grow, [160, 192]; empty: model.image_size throughout", [], unit="pixels"
+    )
     size_epochs: list[float] = key("when each of sizes but the first begins, [12]", [], unit="epochs")
     pad: int = key("random_crop: zeros added on every side first", 0, limit=NOT_NEGATIVE, unit="pixels")
     flip: float = key("probability of a horizontal flip", limit=PROBABILITY)
@@ -73,7 +90,9 @@ class Augment:
     erase: float = key("probability of random erasing", 0.0, limit=PROBABILITY)
     mixup: float = key("alpha of mixup inside each batch-norm group", 0.0, limit=NOT_NEGATIVE)
     cutmix: float = key("alpha of cutmix; with mixup each group draws one of them", 0.0, limit=NOT_NEGATIVE)
-    eval_resize: int = key("evaluation: the shorter side, of which image_size is cut", limit=POSITIVE, unit="pixels")
+    eval_resize: int = key(
+        "evaluation: the shorter side, then the centre is cut to image_size", limit=POSITIVE, unit="pixels"
+    )
     resampling: str = key(
         "how images are resized, in training and evaluation alike; mixed: OpenCV's linear and Pillow's bicubic",
         "mixed",
@@ -89,7 +108,9 @@ class ScheduleKeys:
     warmup_epochs: float = key("length of the warm-up", limit=NOT_NEGATIVE, unit="epochs")
     warmup_lr: float = key("the rate that warm-up begins with", 0.0, limit=NOT_NEGATIVE)
     warmup_power: float = key("1 linear, 2 quadratic", 1.0, limit=POSITIVE)
-    hold_epochs: float = key("the full rate is held so long, then decays", 0.0, limit=NOT_NEGATIVE, unit="epochs")
+    hold_epochs: float = key(
+        "how long the full rate is held before decay begins to count", 0.0, limit=NOT_NEGATIVE, unit="epochs"
+    )
     shape: str = key("of the decay", "polynomial", choices=("polynomial", "cosine", "step"))
     decay_from: str = key("where decay begins to count", choices=("start", "warmup_end"))
     decay_steps: int | None = key("length of the decay; null: until the end of the run", None, limit=POSITIVE)
@@ -104,13 +125,15 @@ class Runtime:
     micro_batch: int | None = key(
         "samples of one forward; null: bn_group, else gcd(global_batch, 64)", None, limit=POSITIVE, free=True
     )
-    deterministic: bool = key("bitwise for every number of processes; false: DDP's sum, faster", True, free=True)
+    deterministic: bool = key(
+        "bitwise for every number of processes; false takes DDP's own sum, which is faster", True, free=True
+    )
     portable: bool = key("on CPUs: the same bits on every x86-64 with AVX2, slower", False, free=True)
     activation_checkpointing: bool = key("less memory, one more forward", False, free=True)
     channels_last: bool = key("faster convolutions on GPUs", False, free=True)
     compile: bool = key("torch.compile", False, free=True)
     hang_seconds: float = key(
-        "when no process has moved for so long, the run ends and names the last",
+        "end the run, and name the process that is behind, when none has moved for so long",
         600.0,
         limit=POSITIVE,
         unit="s",
@@ -120,8 +143,12 @@ class Runtime:
 
 @dataclass
 class EvaluationKeys:
-    every_epochs: int | None = key("null: 1, with mllog 4", None, limit=POSITIVE, unit="epochs", free=True)
-    first_epoch: int | None = key("null: every_epochs; MLPerf's offset", None, limit=POSITIVE, unit="epochs", free=True)
+    every_epochs: int | None = key(
+        "null: after every epoch, and with mllog every 4", None, limit=POSITIVE, unit="epochs", free=True
+    )
+    first_epoch: int | None = key(
+        "null: every_epochs; MLPerf calls it the offset", None, limit=POSITIVE, unit="epochs", free=True
+    )
 
 
 @dataclass
@@ -138,10 +165,14 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     global_batch: int = key("samples of one optimizer step", limit=POSITIVE)
-    bn_group: int | None = key("samples that share batch-norm statistics; null: no batch norm", limit=POSITIVE)
+    bn_group: int | None = key(
+        "samples that share batch-norm statistics; null where a model has no batch norm", limit=POSITIVE
+    )
     optimizer: Keys = field(default_factory=Keys)  # of the class that optimizer.name has registered
     clip_norm: float | None = key("largest norm of the whole gradient; null: any", None, limit=POSITIVE)
-    ema_decay: float | None = key("of the weights' moving average, evaluated too; null: none", None, limit=SHARE)
+    ema_decay: float | None = key(
+        "of a moving average of the weights, which is evaluated beside them; null: none", None, limit=SHARE
+    )
     schedule: ScheduleKeys = field(default_factory=ScheduleKeys)
     epochs: float = key("length of the run", limit=POSITIVE)
     seed: int = key("of weights, order, augmentation and dropout", limit=NOT_NEGATIVE)
@@ -153,7 +184,11 @@ class Recipe:
     evaluation: EvaluationKeys = field(default_factory=EvaluationKeys)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log_samples: bool = key("write the sample ids of every step into ledger.jsonl", False, free=True)
-    mllog: bool = key("write MLPerf's log, and evaluate every 4 epochs unless evaluation.* differ", False, free=True)
+    mllog: bool = key(
+        "write MLPerf's log, and evaluate every 4 epochs as its rules do, unless evaluation.* say otherwise",
+        False,
+        free=True,
+    )
     trackers: list[str] = key("accelerate's trackers", ["tensorboard"], free=True)
 
 
