@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lars.commands import ledger
-from lars.commands.ledger import complaint, entries, keep
+from lars.commands.ledger import complaint, keep
 from lars.commands.tables import (
     DEVICES,
     Prediction,
@@ -34,7 +34,7 @@ from lars.recipe import config
 from lars.recipe.refusal import RecipeError
 from lars.report.report import changed_keys
 
-LEDGER = entries(ROOT / "recipes")
+LEDGER = sorted(file.parent for file in (ROOT / "recipes").rglob("result.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -215,24 +215,51 @@ def test_a_run_from_other_weights_is_not_of_its_recipe(tmp_path: Path) -> None:
     assert changed_keys(run, recipe) == ["model.weights_sha256"]
 
 
-def test_no_file_of_an_entry_is_half_written(tmp_path: Path) -> None:
-    """On a full disk `result.json`, which makes it an entry, stays. Nothing of a former entry stays."""
-    entry = tmp_path / "seed-0"
-    keep(DEMO / "results/alexnet/seed-0", entry)
+SEEDS = [DEMO / f"results/alexnet/seed-{seed}" for seed in (0, 1)]
+
+
+def content_of(entry: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in entry.iterdir()}
+
+
+def test_an_entry_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the new one is written a reader finds the earlier one, and nothing of that stays."""
+    entry, seen = tmp_path / "seed-0", []
+    keep(SEEDS[0], entry)
     (entry / "mllog.txt").write_text("of another run")
-    names = {file.name for file in entry.iterdir()}
-    before = {name: (entry / name).read_bytes() for name in ("metrics.jsonl", "result.json")}
+    before = content_of(entry)
+    write = ledger.write_atomically
+    monkeypatch.setattr(ledger, "write_atomically", lambda *told: write(*told) or seen.append(content_of(entry)))
+    keep(SEEDS[1], entry)
+    assert len(seen) == 3 and all(there == before for there in seen)
+    assert content_of(entry) == content_of(SEEDS[1]) and list(tmp_path.iterdir()) == [entry]
+
+
+def test_on_a_full_disk_the_earlier_entry_stays(tmp_path: Path) -> None:
+    entry = tmp_path / "seed-0"
+    keep(SEEDS[0], entry)
+    before = content_of(entry)
     room, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((entry / "config.yaml").stat().st_size + 1, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["config.yaml"]) + 1, most))
     try:
         with pytest.raises(OSError, match="File too large"):
-            keep(DEMO / "results/alexnet/seed-1", entry)
+            keep(SEEDS[1], entry)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
-    assert {name: (entry / name).read_bytes() for name in before} == before
-    assert {file.name for file in entry.iterdir()} == names
-    keep(DEMO / "results/alexnet/seed-1", entry)
-    assert (entry / "metrics.jsonl").read_bytes() != before["metrics.jsonl"] and not (entry / "mllog.txt").exists()
+    assert content_of(entry) == before and list(tmp_path.iterdir()) == [entry]
+
+
+def test_an_entry_that_a_crash_left_beside_its_place_is_put_back(
+    tmp_path: Path, recipes: Path, refusal: Callable[[Path], str]
+) -> None:
+    """The process died after the first of two renames; the seed has its entry as before, so another run is refused."""
+    assert refusal(changed(tmp_path / "first", {}, {})) == ""
+    entry = recipes / "demo/results/alexnet/seed-0"
+    before, beside = content_of(entry), entry.with_name(".seed-0")
+    (beside / "new").mkdir(parents=True)
+    entry.rename(beside / "before")
+    assert "has another run of this seed" in refusal(changed(tmp_path / "second", {}, {"weights_sha256": "0" * 64}))
+    assert content_of(entry) == before and not beside.exists()
 
 
 def test_what_is_no_proof_stays_out(tmp_path: Path) -> None:

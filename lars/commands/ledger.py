@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import yaml
 
+from lars.commands.verify import other_data
 from lars.recipe.refusal import RecipeError, refuses
 from lars.report.report import changed_keys, ended_early
 from lars.run.folder import write_atomically
 from lars.run.reading import RECIPES, diverged, flatten_run, is_name, read_bytes, read_config, read_lines, read_result
 
-_OF_ONE_MACHINE = ("run_dir", "data.path", "data.workers")
+_OF_ONE_MACHINE = ("path", "workers")  # keys of data, beside run_dir
 
 
 def complaint(run: Path) -> str | None:
@@ -57,10 +59,8 @@ def other_seeds(run: Path, entry: Path) -> str | None:
     """Why a run cannot stand beside what its row has already; None if it can."""
     mine = read_result(run)
     for other in entry.parent.glob("seed-*"):
-        theirs = read_result(other)
-        for key in ("data_fingerprint", "content_fingerprint"):
-            if mine.get(key) and theirs.get(key) and mine[key] != theirs[key]:
-                return f"its data are not those of {other} ({key}): a row is of one data set"
+        if why := other_data(read_result(other), mine):
+            return f"its data are not those of {other} ({why}): a row is of one data set"
     before = read_result(entry)
     if before and any(before.get(key) != mine.get(key) for key in ("weights_sha256", "samples_hash", "steps")):
         return f"{entry} has another run of this seed: move that away first"
@@ -68,32 +68,42 @@ def other_seeds(run: Path, entry: Path) -> str | None:
 
 
 def keep(run: Path, entry: Path) -> None:
-    """Copy what proves a run into the ledger. No file of an entry is ever half written; `result.json` comes last.
+    """Copy what proves a run into the ledger, in the place of an entry that is there.
+
+    A reader finds the earlier entry, none or the new one whole, never files of both. If the disk is full the earlier
+    one stays; if a crash comes between the two renames, the next call puts it back.
 
     Raises:
         RecipeError: the run is not finished, or its files contradict each other.
     """
     if why := complaint(run):
         raise RecipeError(f"{run} is no proof of a row: {why}")
-    kept = read_config(run)
-    for key in _OF_ONE_MACHINE:
-        section, _, name = key.rpartition(".")
-        held = kept.get(section) if section else kept
-        if isinstance(held, dict):
-            held.pop(name, None)
+    kept = {key: value for key, value in read_config(run).items() if key != "run_dir"}
+    if isinstance(data := kept.get("data"), dict):
+        kept["data"] = {key: value for key, value in data.items() if key not in _OF_ONE_MACHINE}
     files = {name: read_bytes(run / name) for name in ("metrics.jsonl", "mllog.txt", "result.json")}
-    entry.mkdir(parents=True, exist_ok=True)
-    write_atomically(entry / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
-    for name, content in files.items():
-        if content is not None:
-            write_atomically(entry / name, content)
-        else:
-            (entry / name).unlink(missing_ok=True)  # of an entry that stood here before
+    files["config.yaml"] = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()
+    beside = _tidy(entry)
+    new = beside / "new"
+    new.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            if content is not None:
+                write_atomically(new / name, content)
+        if entry.exists():  # POSIX renames a folder onto none but an empty one
+            os.rename(entry, beside / "before")
+        os.rename(new, entry)
+    finally:
+        _tidy(entry)
 
 
-def entries(folder: Path) -> list[Path]:
-    """All runs below a folder of the ledger, in order of their paths."""
-    return sorted(file.parent for file in folder.rglob("result.json"))
+def _tidy(entry: Path) -> Path:
+    """Put back an entry that was moved away for one that never came; where entries are made, beside it, now empty."""
+    beside = entry.with_name(f".{entry.name}")
+    if (beside / "before").exists() and not entry.exists():
+        os.rename(beside / "before", entry)
+    shutil.rmtree(beside, ignore_errors=True)
+    return beside
 
 
 @refuses(RecipeError, OSError)
@@ -109,6 +119,7 @@ def main() -> int:
         if type(seed) is not int or seed < 0:  # a name of a folder here, and a stranger's word
             raise RecipeError(f"{run} is no run of a recipe: its config.yaml has seed: {str(seed)[:40]!r}")
         entry = RECIPES / model / "results" / what / f"seed-{seed}"
+        _tidy(entry)
         if why := complaint(run) or other_run(run, RECIPES / f"{name}.yaml") or other_seeds(run, entry):
             raise RecipeError(f"{run} is no proof of {name}: {why}")
         keep(run, entry)

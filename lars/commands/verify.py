@@ -108,7 +108,7 @@ def recipe_of(run: Path, claimed: dict[str, Any]) -> Path:
 def compare(run: Path, again: Path) -> tuple[bool, list[str]]:
     """Is `again`, a repetition of `run` or of its first steps, the same? The verdict, and lines that say why."""
     claimed, repeated = read_result(run, _COMPARED), read_result(again, _COMPARED)
-    if other := _other_data(claimed, repeated):
+    if other := other_data(claimed, repeated):
         return False, [f"DIFFERENT DATA: {other}"]
     whole = claimed["status"] == repeated["status"] == "finished" and claimed["steps"] == repeated["steps"]
     if whole:
@@ -166,12 +166,12 @@ def _word(passed: bool) -> str:
     return "PASS" if passed else "FAIL"
 
 
-def _other_data(claimed: dict[str, Any], repeated: dict[str, Any]) -> str:
+def other_data(claimed: dict[str, Any], repeated: dict[str, Any]) -> str:
     """How the data of two results differ, or nothing; an older version did not write what the files' bytes hash to."""
     for key, what in (("data_fingerprint", ""), ("content_fingerprint", "other bytes under equal footers, content ")):
         there, here = claimed.get(key), repeated.get(key)
         if there and here and there != here:
-            return f"{what}fingerprint {there[:12]} -> {here[:12]}"
+            return f"{what}fingerprint {str(there)[:12]} -> {str(here)[:12]}"  # a stranger may write a number
     return ""
 
 
