@@ -65,6 +65,16 @@ def test_another_recipe_and_other_steps_have_nothing_to_be_compared_with(recipe:
     assert prove.against_the_committed(recipe, 30, RAN) == ("SAME RUN", True)
 
 
+def test_too_few_steps_to_kill_a_run_between_them_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["prove", str(DEMO / "alexnet.yaml"), "--steps", "10"])
+    monkeypatch.setattr(prove, "play", lambda *_: pytest.fail("something ran"))
+    assert prove.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --steps 10: give 11 or more") and said.count("\n") == 1
+
+
 def test_a_recipe_that_cannot_be_portable_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -102,6 +102,10 @@ def main() -> int:
     parser.add_argument("--commit", action="store_true", help="write the hash to results/prove.json beside the recipe")
     args = parser.parse_args()
     config.load(args.recipe, ["runtime.portable=true"])
+    if args.steps < 11:
+        raise RecipeError(
+            f"--steps {args.steps}: give 11 or more, since a run is killed at step 6 or later, 5 before its end"
+        )
     shutil.rmtree(_FOLDER, ignore_errors=True)
     _FOLDER.mkdir(parents=True)
     runs: dict[str, Path] = {}
