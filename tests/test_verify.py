@@ -56,10 +56,14 @@ def test_a_log_with_a_hole_proves_nothing(tiny_runs: dict[int, Path], altered: C
         (lambda lines: [line for line in lines if line["kind"] != "eval" or line["step"] == 24], "at step 11"),
         (lambda lines: [*lines, {**lines[-1], "kind": "eval", "step": 9}], "at step 9"),
         (lambda lines: [*lines, next(line for line in lines if line["kind"] == "eval")], "at step 11"),
+        (lambda lines: [line for line in lines if line["kind"] != "eval" or line["step"] != 24], "at step 24"),
         (lambda lines: [lines[0], *lines], "does not have each of 24 steps once"),
         (lambda lines: [line for line in lines if line["step"] != 7], "does not have each of 24 steps once"),
+        (lambda lines: [{**line, "step": 8} if line["step"] == 7 else line for line in lines], "does not have each"),
+        (lambda lines: [*lines, {**lines[0], "step": 25}], "does not have each of 24 steps once"),
     ],
-    ids=["an evaluation less", "one more", "one twice", "a step twice", "a step less"],
+    ids=["an evaluation less", "one more", "one twice", "no last one", "a step twice", "a step less"]
+    + ["a step in another's place", "a step more"],
 )
 def test_a_log_that_was_cut_or_mended_is_another(
     forge: Callable[[list[dict]], list[dict]], said: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]
@@ -70,6 +74,49 @@ def test_a_log_that_was_cut_or_mended_is_another(
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     good, lines = compare(run, tiny_runs[1])
     assert not good and lines[0].startswith("NO PROOF: ") and said in lines[0]
+
+
+def with_lines(run: Path, change: Callable[[dict], dict]) -> Path:
+    """The run with each line of its log changed."""
+    lines = [change(line) for line in read_lines(run / "metrics.jsonl")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def with_key(run: Path, old: str, new: str) -> Path:
+    """The run with a key of its config.yaml changed."""
+    written = (run / "config.yaml").read_text()
+    assert old in written
+    (run / "config.yaml").write_text(written.replace(old, new))
+    return run
+
+
+def test_a_prefix_may_be_evaluated_at_its_end(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    """The run itself is not evaluated there."""
+    again = altered(last=9)
+    with open(again / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"kind": "eval", "step": 9, "epoch": 0.8, "loss": 2.0, "top1": 9.0, "top5": 50.0}) + "\n")
+    assert compare(tiny_runs[1], again) == (True, ["SAME RUN: the first 9 of 24 steps, bit for bit"])
+
+
+def test_evaluations_are_compared(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    run = with_lines(altered(), lambda line: {**line, "top5": 1.0} if line["kind"] == "eval" else line)
+    good, lines = compare(run, tiny_runs[1])
+    assert not good and lines[0].startswith("DIFFERENT RUN: ") and "step 11" in lines[0]
+
+
+def test_where_evaluation_was_overridden_its_steps_are_no_difference(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    again = with_key(altered(), "every_epochs: null", "every_epochs: 2")
+    lines = [line for line in read_lines(again / "metrics.jsonl") if (line["kind"], line["step"]) != ("eval", 11)]
+    (again / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    good, lines = compare(tiny_runs[1], again)
+    assert good and lines[0].startswith("SAME RUN: 24 steps")
+
+
+def test_speed_is_no_difference(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    assert compare(tiny_runs[1], with_lines(altered(), lambda line: {**line, "images_per_second": 1.0}))[0]
 
 
 def test_a_run_that_was_killed_may_have_logged_more_than_it_told(
@@ -99,6 +146,12 @@ def test_the_end_of_a_run_that_did_not_finish_is_not_compared(
     ]
 
 
+def test_of_a_repetition_that_did_not_finish_the_end_is_not_compared(
+    tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    assert "SAME RUN: the first 24 of 24 steps" in compare(tiny_runs[1], altered(status="preempted", top1=99.0))[1][-1]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -106,8 +159,10 @@ def test_the_end_of_a_run_that_did_not_finish_is_not_compared(
         ({"weights_sha256": "0" * 64}, "weights_sha256 differ"),
         ({"samples_hash": "0" * 16}, "samples_hash differ"),
         ({"top1": 99.0}, "top1 differ"),
+        ({"top5": 99.0}, "top5 differ"),
         ({"data_fingerprint": "0" * 64}, "DIFFERENT DATA"),
         ({"content_fingerprint": "0" * 64}, "DIFFERENT DATA: other bytes under equal footers"),
+        ({"content_fingerprint": 5}, "DIFFERENT DATA: other bytes under equal footers"),  # of no run
     ],
 )
 def test_one_changed_bit_is_another_run(
@@ -158,6 +213,30 @@ def test_elsewhere_rounding_passes_and_more_fails(
         "device: " in verdicts["rounding"][1][0]
         and verdicts["rounding"][1][-1] == "PASS up to rounding: the first 9 of 24 steps"
     )
+
+
+@pytest.mark.parametrize("key", ["lr", "images"])
+def test_elsewhere_rates_and_samples_are_the_same(
+    key: str, tiny_runs: dict[int, Path], altered: Callable[..., Path]
+) -> None:
+    copy = altered(last=9, **elsewhere())
+    with_lines(copy, lambda line: {**line, key: 2 * line[key]} if line["step"] == 5 else line)
+    good, lines = compare(tiny_runs[1], copy)
+    assert not good and [line for line in lines if line.startswith("  FAIL")] == ["  FAIL  rates"]
+
+
+def test_another_way_to_compute_is_a_reason(tiny_runs: dict[int, Path], altered: Callable[..., Path]) -> None:
+    copy = with_key(altered(last=9, step=5, loss_factor=1 + 2**-50), "channels_last: false", "channels_last: true")
+    good, lines = compare(tiny_runs[1], copy)
+    assert good and "runtime.channels_last: False -> True" in lines[0]
+
+
+def test_a_numeric_run_promises_no_bits_even_to_itself(altered: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(altered(reproducibility="numeric"), tmp_path / "first")
+    shutil.rmtree(tmp_path / "altered")
+    copy = altered(last=9, step=5, loss_factor=1 + 2**-50, reproducibility="numeric")
+    good, lines = compare(tmp_path / "first", copy)
+    assert good and "reproducibility: numeric -> bitwise" in lines[0]
 
 
 def environment(run: Path, *without: str, **changed: object) -> dict[str, object]:
@@ -263,3 +342,11 @@ def test_the_command_trains_the_runs_own_recipe_again(
 def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_hole_is_told_before_hours_of_training(
+    altered: Callable[..., Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lars.commands.verify.reproduce", lambda *_: pytest.fail("it trains"))
+    assert main([str(altered(last=9, steps=10))]) == 2
+    assert "does not have each of 10 steps once" in capsys.readouterr().err
