@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -206,6 +207,23 @@ def test_parquet_without_class_names(
         assert "training image 0 of " in said.err and said.err.count("\n") == 1 and "remove it" in said.err
     else:
         assert "5 images of 30, a row each" in said.out and (tmp_path / "sheet.png").is_file()
+
+
+def test_the_footers_are_read_once(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(new, "build_indexes", lambda *told, build=new.build_indexes: built.append(1) or build(*told))
+    assert new.main(["mine", "--data", str(as_others_write_it(tmp_path / "data", 0))]) == 0
+    assert len(built) == 1
+
+
+def test_a_class_without_training_images_is_refused(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Where labels have no names, the training labels say how many classes there are."""
+    data = as_others_write_it(tmp_path / "data", 0)
+    table = pq.read_table(data / "train.parquet")
+    pq.write_table(table.filter(pc.less(table["label"], 3)), data / "train.parquet")
+    assert new.main(["mine", "--data", str(data)]) == 2
+    said = capsys.readouterr().err
+    assert "has labels 0 ... 4, but model.num_classes=3" in said and said.count("\n") == 1
 
 
 def test_a_class_name_of_two_lines_is_printed_in_one(

@@ -29,7 +29,8 @@ from torch import nn
 from lars.commands.convert import pack
 from lars.commands.subject import class_names, first_rows, name_of, subject
 from lars.data.decode import BadImage, Encoded
-from lars.data.index import build_indexes
+from lars.data.footers import check_label_range
+from lars.data.index import Index, build_indexes
 from lars.engine.build import build_model
 from lars.optim.key import CORE
 from lars.recipe import config
@@ -50,32 +51,33 @@ def files_of(folder: Path) -> Path:
     return folder if any(folder.glob("*.parquet")) else pack(folder, "--resize", str(_SIDE))
 
 
-def classes_of(data: Data, names: list[str] | None) -> int:
-    """How many classes the labels have: as many as have names, or else one more than the largest label."""
-    if names:
-        return len(names)
-    train, _ = build_indexes(data, _MOST_CLASSES)  # says in one line what is wrong with the files
-    labels = (pq.read_table(file, columns=[data.label_column])[data.label_column] for file in train.files)
-    return 1 + max(int(each.to_numpy().max()) for each in labels if len(each))
+def look(data: Data, names: list[str] | None) -> tuple[int, int, str]:
+    """The number of classes, the training split's size, and what a person wants to know of both splits in a line.
 
-
-def look(data: Data, classes: int, names: list[str] | None) -> tuple[int, str]:
-    """The training split's size, and what a person wants to know of both splits in a line."""
-    train, val = build_indexes(data, classes)
+    There are as many classes as have names, or else one more than the largest training label.
+    """
+    train, val = build_indexes(data, len(names) if names else _MOST_CLASSES)  # says what is wrong with the files
+    trained, held = labels_of(train, data), labels_of(val, data)
+    classes = len(names) if names else int(trained.max()) + 1
+    for labels, split in ((trained, data.train_split), (held, data.val_split)):
+        check_label_range(labels.min(), labels.max(), classes, f"split {split!r} of {data.path}")
     sizes = []
     for image in first_rows(train, data)["bytes"].slice(0, 200).to_pylist():
         with suppress(BadImage):
             encoded = Encoded(image or b"")
             sizes.append((encoded.width, encoded.height))
-    counts: np.ndarray = sum(
-        np.bincount(pq.read_table(file, columns=[data.label_column])[data.label_column].to_numpy(), minlength=classes)
-        for file in train.files
-    )
+    counts = np.bincount(trained, minlength=classes)
     few = int(counts.argmin())
     fewest = f"the smallest class, {name_of(few, names)}, has {counts[few]:,}"
     width, height = np.median(sizes, axis=0) if sizes else (0, 0)
     images = f"{train.samples:,} training and {val.samples:,} validation images of {classes} classes"
-    return train.samples, f"{images}; {fewest}; they are {width:.0f} x {height:.0f} pixels (median)"
+    return classes, train.samples, f"{images}; {fewest}; they are {width:.0f} x {height:.0f} pixels (median)"
+
+
+def labels_of(index: Index, data: Data) -> np.ndarray:
+    """The labels of all rows of a split whose files are local."""
+    column = data.label_column
+    return np.concatenate([pq.read_table(file, columns=[column])[column].to_numpy() for file in index.files])
 
 
 def changes(
@@ -100,22 +102,16 @@ def changes(
         given |= {"model.kwargs": kwargs, "augment.mean": of.recipe.augment.mean, "augment.std": of.recipe.augment.std}
     elif not timm.is_model(model):
         raise RecipeError(f"timm has no model {model!r}{did_you_mean(model, timm.list_models())}")
-    size = args.size or _fixed_size(model) or 64
+    published = timm.get_pretrained_cfg(model)
+    fixed = published.input_size[-1] if published and published.fixed_input_size else None
+    normed = any(isinstance(layer, nn.BatchNorm2d) for layer in timm.create_model(model).modules())
+    size = args.size or fixed or 64
     rate = (0.005 if args.pretrained else 0.05) * batch / 64
     given |= {"model.name": model, "model.image_size": size, "augment.eval_resize": round(size * 1.125)}
-    given |= {"optimizer.lr": rate, "bn_group": min(16, batch // 2) if _has_batch_norm(model) else None}
+    given |= {"optimizer.lr": rate, "bn_group": min(16, batch // 2) if normed else None}
     if not args.pretrained:
         given["epochs"] = next(epochs for most, epochs in _EPOCHS if samples <= most)
     return [f"{key}={json.dumps(value)}" for key, value in given.items()], trained
-
-
-def _fixed_size(model: str) -> int | None:
-    cfg = timm.get_pretrained_cfg(model)
-    return cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else None
-
-
-def _has_batch_norm(model: str) -> bool:
-    return any(isinstance(layer, nn.BatchNorm2d) for layer in timm.create_model(model).modules())
 
 
 def written(recipe: Recipe, header: str) -> str:
@@ -157,8 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path("recipes") / args.name
     data = Data(path=str(files_of(args.data).resolve()))
     names = class_names(data)
-    classes = classes_of(data, names)
-    samples, said = look(data, classes, names)
+    classes, samples, said = look(data, names)
     keys, trained = changes(args, folder, data, classes, samples)
     recipe = config.load(FINETUNE if args.pretrained else STARTER, keys)
     recipe.name = f"{args.name}/{recipe.model.name}"
