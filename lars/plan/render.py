@@ -1,4 +1,4 @@
-"""A plan for people: in words, a table over numbers of devices, a picture."""
+"""A plan for people: in words, or as a table over numbers of devices."""
 
 from __future__ import annotations
 
@@ -66,47 +66,17 @@ def interval(plan: Plan) -> str:
 
 
 def sweep_table(plans: list[Plan]) -> str:
-    """One line for each number of devices; efficiency is against the first."""
+    """One line for each number of devices; efficiency is the first one's device hours to theirs."""
     lines = [
         "devices  micro_batch  passes  time       interval              images/s   efficiency  exchange  bottleneck"
     ]
-    for plan, share in zip(plans, efficiencies(plans)):
+    first = plans[0].seconds * plans[0].cluster.devices
+    for plan in plans:
+        efficiency = first / (plan.seconds * plan.cluster.devices)
         exchange = (plan.step.communication + plan.step.summing) / plan.step.seconds
         lines.append(
             f"{plan.cluster.devices:<8,} {plan.batch.micro_batch:<12,} {plan.batch.passes_per_process:<7,} "
-            f"{duration(plan.seconds):<10} {interval(plan):<21} {plan.images_per_second:<10,.0f} {share:<11.0%} "
+            f"{duration(plan.seconds):<10} {interval(plan):<21} {plan.images_per_second:<10,.0f} {efficiency:<11.0%} "
             f"{exchange:<9.1%} {plan.bottleneck}"
         )
     return "\n".join(lines)
-
-
-def efficiencies(plans: list[Plan]) -> list[float]:
-    """Device hours of the first plan to those of each."""
-    used = [plan.seconds * plan.cluster.devices for plan in plans]
-    return [used[0] / each for each in used]
-
-
-def draw(plans: list[Plan], picture: Path) -> None:
-    """Strong scaling: time and efficiency against devices."""
-    from matplotlib.figure import Figure
-
-    devices = [plan.cluster.devices for plan in plans]
-    figure = Figure((10, 3.6), layout="constrained")
-    time, efficiency = figure.subplots(1, 2)
-    minutes = [plan.seconds / 60 for plan in plans]
-    time.loglog(devices, minutes, marker="o", label="planned")
-    time.loglog(devices, [minutes[0] * devices[0] / n for n in devices], linestyle=":", color="grey", label="ideal")
-    low, high = zip(*(plan.seconds_interval for plan in plans))
-    time.fill_between(devices, [s / 60 for s in low], [s / 60 for s in high], alpha=0.2, label="19 of 25 judged runs")
-    time.set_title(f"{plans[0].recipe.name}: minutes")
-    time.legend()
-    efficiency.semilogx(devices, [100 * share for share in efficiencies(plans)], marker="o")
-    efficiency.set_ylim(0, 105)
-    efficiency.set_title("efficiency, per cent of ideal scaling")
-    for axis in (time, efficiency):
-        axis.set_xticks(devices, [str(n) for n in devices])
-        axis.minorticks_off()
-        axis.set_xlabel(plans[0].cluster.device.name)
-        axis.grid(alpha=0.3)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
