@@ -97,10 +97,9 @@ def by_class(confusion: Tensor, names: list[str] | None) -> list[dict[str, Any]]
     found = []
     for label, row in enumerate(confusion.tolist()):
         if images := sum(row):
-            wrong = max((count, other) for other, count in enumerate(row) if other != label) if len(row) > 1 else (0, 0)
             entry = {"class": name_of(label, names), "images": images, "top1": round(100 * row[label] / images, 2)}
-            taken = {"taken_for": name_of(wrong[1], names), "times": wrong[0]} if wrong[0] else {}
-            found.append(entry | taken)
+            times, other = max(((count, other) for other, count in enumerate(row) if other != label), default=(0, 0))
+            found.append(entry | ({"taken_for": name_of(other, names), "times": times} if times else {}))
     return found
 
 

@@ -63,14 +63,13 @@ def grouped(paths: list[Path]) -> list[Group]:
     """
     groups: list[Group] = []
     folders = [path.absolute() for path in paths]
-    shared = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
+    shared = os.path.commonpath([folder.parent for folder in folders])
     for path, folder in zip(paths, folders):
         run = Run(path, os.path.relpath(folder, shared))
-        same = [group for group in groups if run.keys and (group.recipe, group.keys) == (run.recipe, run.keys)]
-        if not same:
-            same = [Group(run.recipe, run.keys)]
-            groups += same
-        same[0].runs.append(run)
+        same = (group for group in groups if run.keys and (group.recipe, group.keys) == (run.recipe, run.keys))
+        if (group := next(same, None)) is None:
+            groups.append(group := Group(run.recipe, run.keys))
+        group.runs.append(run)
     recipes = {group.recipe for group in groups}
     for recipe in recipes:
         _label([group for group in groups if group.recipe == recipe], recipe if len(recipes) > 1 else "")

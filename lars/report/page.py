@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lars.recipe.config import one_level
 from lars.report import elements
 from lars.report.classes import classes
 from lars.report.groups import Group, Run, differing, grouped, mean_and_spread, written
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", ORANGE, "#56B4E9")
 _DASHES = ("-", "--", ":")  # once the colours are used up
+_ENVIRONMENT = ("environment", "versions", "reproducibility", "commit")
 _HASHES = ("weights_sha256", "samples_hash", "source_sha256", "data_fingerprint")
 
 
@@ -35,8 +37,8 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
     top1 = "top-1, per cent of the validation split"
     panels = (("train", "loss", "training loss"), ("train", "lr", "learning rate"), ("evals", "top1", top1))
     labels = [textwrap.fill(group.label, 70) for group in groups]
-    columns = 1 if stacked or max(map(len, labels), default=0) > 50 else min(3, len(groups))
-    lines_of_text = sum(label.count("\n") + 1 for label in labels) / max(1, columns)
+    columns = 1 if stacked or max(map(len, labels)) > 50 else min(3, len(groups))
+    lines_of_text = sum(label.count("\n") + 1 for label in labels) / columns
     figure = elements.figure(6.0 if stacked else 13.0, (8.4 if stacked else 3.4) + 0.2 + 0.2 * lines_of_text)
     rows, columns_of_panels = (3, 1) if stacked else (1, 3)
     axes, handles = figure.subplots(rows, columns_of_panels), {}
@@ -52,12 +54,9 @@ def curves(groups: list[Group], stacked: bool) -> bytes:
     losses = [[x["loss"] for x in run.train] for group in groups for run in group.runs if run.train]
     if losses and max(map(max, losses)) > 3 * max(loss[0] for loss in losses):
         axes[0].set_yscale("log")  # a run that diverges would press the others flat
-    if groups:
-        legend = figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a name may hold a dollar
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold a dollar
     return elements.png(figure)
 
 
@@ -220,14 +219,10 @@ def _trust(groups: list[Group], picture: Path) -> list[str]:
 
 def _environment(runs: list[Run]) -> str:
     """One cell where all runs agree, else a cell for each."""
-    found = []
+    found, rows = [], []
     for run in runs:
-        nested = {name: run.result.get(name) or {} for name in ("environment", "versions")}
-        found.append(
-            {f"{name}.{key}": written(value) for name, values in nested.items() for key, value in values.items()}
-        )
-        found[-1] |= {key: written(run.result.get(key)) for key in ("reproducibility", "commit") if run.result.get(key)}
-    rows = []
+        told = {key: run.result[key] for key in _ENVIRONMENT if run.result.get(key)}
+        found.append({key: written(value) for key, value in one_level(told).items()})
     for key in dict.fromkeys(key for facts in found for key in facts):
         values = [facts.get(key, "-") for facts in found]
         rows.append([key, *(values[:1] if len(set(values)) == 1 else values)])
