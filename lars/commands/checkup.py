@@ -53,7 +53,6 @@ class Checkup:
         self.recipe: Any = None
         self.launched: Launched | None = None
         self.checked: Preflight | None = None  # by the process that speaks
-        self.needed = 0.0  # bytes of memory for a step; 0 where nobody can say
 
     def fault(self, text: str) -> None:
         if text not in self.faults:
@@ -154,7 +153,6 @@ class Checkup:
         if self.checked:
             self.seen["data"] = f"fingerprint {fingerprint(self.checked.train, self.checked.val)[:12]}"
             self.seen["memory"] = self.checked.memory.splitlines()[0].removeprefix("memory a process: ")
-            self.needed = self.checked.needed
         elif may_read and (self.roll.speaks or not hub and "://" not in str(place)):
             self.tried(build_indexes, recipe.data, recipe.model.num_classes)
         if self.roll.speaks and not self.checked and (model := self.tried(build_model, recipe)):

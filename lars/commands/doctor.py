@@ -93,7 +93,8 @@ def _with_the_others(roll: RollCall, checkup: Checkup) -> int:
         reports, late = roll.reports("state")
         of_all += late
         go_on = not of_all and all(report["ready"] for report in reports.values())
-        roll.tell("go on", {"together": go_on, "needed": checkup.needed})
+        needed = checkup.checked.needed if checkup.checked else 0.0
+        roll.tell("go on", {"together": go_on, "needed": needed})
     plan = roll.hear("go on", COME + 2 * REPORT)
     if plan["together"]:
         try:
@@ -121,7 +122,10 @@ def _say(roll: RollCall, checkup: Checkup, reports: Reports, faults: list[str]) 
                 faults.append(f"{names[rank]}: {fault}" if roll.processes > 1 else fault)
     nodes = list(dict.fromkeys(hosts.values())) or [roll.host]
     there = f"{len(reports)} of {roll.processes} on {', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}"
-    stdout().print(table({"processes": there, **rows(reports, names)}))
+    table = Table("what", "seen")
+    for what, value in {"processes": there, **rows(reports, names)}.items():
+        table.add_row(what, escape(hidden(value)))
+    stdout().print(table)
     sys.stdout.flush()
     _refused(faults)
     what = checkup.recipe.name if checkup.recipe is not None else "this recipe"
@@ -162,13 +166,6 @@ def rows(reports: Reports, names: Mapping[int, str]) -> dict[str, str]:
         unit = seen[low][1]
         found[what] = f"{least} {unit}" if least == most else f"{least} ({names[low]}) to {most} ({names[high]}) {unit}"
     return found
-
-
-def table(seen: Mapping[str, str]) -> Table:
-    drawn = Table("what", "seen")
-    for what, value in seen.items():
-        drawn.add_row(what, escape(hidden(value)))
-    return drawn
 
 
 def _number(value: float) -> str:

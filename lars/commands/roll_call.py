@@ -134,21 +134,17 @@ class RollCall:
 
     def reports(self, what: str) -> tuple[dict[int, Any], list[str]]:
         """{rank: what it reported} of those who came, and a fault for each who did not within `REPORT` seconds."""
-        end, found, waiting = time.monotonic() + REPORT, {}, {claim.rank: claim for claim in self.claims}
-        while waiting and time.monotonic() < end:
-            for rank in list(waiting):
-                if not self.store.check([f"{what} {rank}"]):
-                    break  # in order, so that thousands are not all asked each time
-                found[rank] = json.loads(self.store.get(f"{what} {rank}"))
-                del waiting[rank]
+        end, found, late = time.monotonic() + REPORT, {}, []
+        for claim in self.claims:
+            key = f"{what} {claim.rank}"
+            while not self.store.check([key]) and time.monotonic() < end:
+                time.sleep(0.05)
+            if self.store.check([key]):
+                found[claim.rank] = json.loads(self.store.get(key))
             else:
-                break
-            time.sleep(0.05)
-        for rank in [rank for rank in waiting if self.store.check([f"{what} {rank}"])]:
-            found[rank] = json.loads(self.store.get(f"{what} {rank}"))
-            del waiting[rank]
-        late = f"came, but has not reported its {what} in {REPORT:.0f} s: see what it says there"
-        return found, [f"{claim.name} {late}" for claim in waiting.values()]
+                said = f"came, but has not reported its {what} in {REPORT:.0f} s: see what it says there"
+                late.append(f"{claim.name} {said}")
+        return found, late
 
     def end(self, status: int) -> int:
         """The speaker's exit status, for all; whoever holds the store stays until they have it."""
@@ -199,7 +195,8 @@ class RollCall:
                     return
                 time.sleep(0.2)
         try:
-            self._keep(dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=REPORT)))
+            store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=REPORT))
+            self.store = dist.PrefixStore("doctor", store)
         except Exception as error:  # torch has several kinds
             self.why = f"{self.address}:{self.port} is no place to meet: {one_line(error)}"
 
@@ -217,12 +214,8 @@ class RollCall:
             )
             return True
         store.set_timeout(timedelta(seconds=REPORT))
-        self.serves = True
-        self._keep(store)
+        self.serves, self.store = True, dist.PrefixStore("doctor", store)
         return True
-
-    def _keep(self, store: dist.Store) -> None:
-        self.store = dist.PrefixStore("doctor", store)
 
     def _unreachable(self, error: OSError) -> str:
         place_ = f"{self.address}:{self.port}"

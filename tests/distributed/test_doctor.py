@@ -404,6 +404,18 @@ def test_ranks_at_the_wrong_place_of_their_node_are_named() -> None:
     assert "rank 3 on b was told of 8 processes" in fault
 
 
+def test_who_came_and_does_not_report_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lars.commands.roll_call.REPORT", 0.2)
+    roll = RollCall()
+    assert roll.meet() == ([], [])
+    roll.claims += [claim(rank, rank, "b") for rank in (1, 2)]
+    for rank in (0, 2):
+        roll.tell(f"state {rank}", {"of": rank})
+    found, (late,) = roll.reports("state")
+    assert found == {rank: {"of": rank} for rank in (0, 2)}
+    assert late.startswith("rank 1 on b came, but has not reported its state")
+
+
 def test_a_thousand_equal_differences_are_one_fault_a_node_and_the_slowest_is_named() -> None:
     facts = [
         {"facts": {"versions": {"torch": "2" if rank < 8 else "1"}}, "seen": {"x": [rank, "MB/s"]}}
