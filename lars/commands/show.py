@@ -22,6 +22,7 @@ from lars.recipe import config
 from lars.recipe.keys import Recipe
 from lars.recipe.refusal import RecipeError, refuses
 from lars.recipe.schedule import training_size, training_sizes
+from lars.report import elements
 
 _ROWS, _EPOCHS = 8, 7
 
@@ -45,11 +46,8 @@ def views(recipe: Recipe, sample: int, data: bytes) -> list[np.ndarray]:
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> None:
     """The views of each sample in a row, under the name of its class."""
-    from matplotlib.figure import Figure
-
     columns = _EPOCHS + 1
-    size = (1.35 * columns, 1.4 * len(rows) + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = elements.figure(1.35 * columns, 1.4 * len(rows) + 0.6)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for (name, pictures), axes in zip(rows, grid):
         for column, (picture, place) in enumerate(zip(pictures, axes)):
@@ -60,7 +58,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> N
         axes[0].set_ylabel(name if len(name) < 20 else f"{name[:19]}…", fontsize=9)
     figure.suptitle(title, fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    file.write_bytes(elements.png(figure))
 
 
 @refuses(RecipeError, DataError, OSError)
