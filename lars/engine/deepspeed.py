@@ -14,7 +14,6 @@ from lars.optim.base import Optimizer
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Launched
-from lars.recipe.refusal import RecipeError
 
 _OPTIMIZERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
@@ -32,23 +31,14 @@ class DeepSpeed(Engine):
     def wrap(self, optimizer: Optimizer, plan: BatchPlan) -> None:
         """`accelerator.prepare` makes the engine; what it is and how it counts batches is asserted."""
         config = self.accelerator.deepspeed_plugin.deepspeed_config
-        self.whole = {}
-        if config.get("bf16", {}).get("enabled"):  # it rounds the weights and makes float32 masters of what is left
-            if self.average:
-                raise RecipeError("ema_decay averages float32 weights: take the bf16 section out of the launch file")
-            self.whole = {p: p.detach().clone() for p in self.model.parameters()}
         config["gradient_clipping"] = clip_norm = self.recipe.clip_norm or 0.0
         config["train_micro_batch_size_per_gpu"] = plan.micro_batch
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = plan.passes_per_process
         self.train_module, _ = self.accelerator.prepare(self.model, optimizer)
         self.eval_module, self.optimizer, engine = self.train_module, optimizer, self.train_module
         built = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, engine.gradient_clipping())
-        low_precision = engine.bfloat16_enabled()
-        wanted = _OPTIMIZERS.get(self.stage, type(optimizer).__name__)
-        if low_precision and self.stage == 1:
-            wanted = "BF16_Optimizer"
-        assert built == (self.stage, wanted, clip_norm), built
-        assert low_precision or engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
+        assert built == (self.stage, _OPTIMIZERS.get(self.stage, type(optimizer).__name__), clip_norm), built
+        assert engine.optimizer is optimizer or engine.optimizer.optimizer is optimizer
         passes = engine.gradient_accumulation_steps()
         batches = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), passes)
         assert batches == (plan.global_batch, plan.micro_batch, plan.passes_per_process), batches
@@ -74,28 +64,16 @@ class DeepSpeed(Engine):
         return self.train_module.was_step_applied()
 
     def weights(self) -> dict[str, Tensor]:
-        """From the float32 masters where the model itself has slices (stage 3) or bf16 copies."""
-        state = self.model.state_dict(keep_vars=True)
-        masters: dict[Tensor, Tensor] = {}
-        if self.train_module.bfloat16_enabled():
-            masters = dict(self.optimizer.layout.gather(lambda tensor: tensor.detach()))
-        elif self.stage == 3:
-            masters = self._gathered()
-        whole = {}
-        for name, tensor in state.items():
-            shape = getattr(tensor, "ds_shape", tensor.shape)
-            whole[name] = masters[tensor].view(shape) if tensor in masters else tensor.detach()
-        return whole
-
-    def _gathered(self) -> dict[Tensor, Tensor]:
-        """Whole copies of stage 3's weights, frozen ones too."""
+        """On stage 3 the model itself has slices, of frozen weights too; buffers are whole."""
+        if self.stage < 3:
+            return super().weights()
         from deepspeed import zero
 
-        copies = {}
-        for p in self.model.parameters():
-            with zero.GatheredParameters([p]):
-                copies[p] = p.detach().clone()
-        return copies
+        whole = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            with zero.GatheredParameters([tensor]):
+                whole[name] = tensor.detach().clone()
+        return whole
 
     def momentum(self) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -111,9 +89,6 @@ class DeepSpeed(Engine):
 
     def load_momentum(self, saved: dict[str, Tensor]) -> None:
         state, layout, key = self.optimizer.state, self.optimizer.layout, self.optimizer.state_key
-        if self.whole:
-            layout.scatter(self.whole.get, lambda tensor: tensor.detach())
-            self.whole = {}
         if self.stage == 0 or not saved:
             return super().load_momentum(saved)
         names = {p: name for name, p in self.model.named_parameters()}

@@ -33,21 +33,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.group_sums: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-        mean = self.running_mean
-        # DeepSpeed's bf16 section leaves float32 statistics beside bf16 weights, which torch does not mix.
-        if weight is not None and bias is not None and weight.dtype != mean.dtype:
-            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-        if self.training:
-            x = self._normalise(x, weight, bias)
-        else:
-            x = F.batch_norm(x, mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        x = self._normalise(x) if self.training else super().forward(x)
         for module in (self.drop, self.act):
             x = x if module is None else module(x)
         return x
 
-    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _normalise(self, x: Tensor) -> Tensor:
         groups: list[Tensor] = []
         sums: Tensor | None = None
         # One group is as cheap as nn.BatchNorm2d: nothing is cut, added or put together.
@@ -55,7 +46,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             # With momentum 1 torch writes the group's own mean and unbiased variance into the "running" buffers.
             statistics = self.running_mean.new_zeros(2, self.num_features)
             mean, variance = statistics.unbind()
-            groups.append(F.batch_norm(group, mean, variance, weight, bias, True, 1.0, self.eps))
+            groups.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
             sums = statistics if sums is None else sums.double() + statistics
         # Assigned, not added: activation checkpointing runs the forward again during backward.
         self.group_sums = sums

@@ -20,7 +20,7 @@ from lars.recipe.refusal import RecipeError, did_you_mean, one_line
 
 # DeepSpeed settings that cost or save time and memory. Everything else may change the run, so it is refused by name.
 _SPEED_KEYS = (
-    "zero_optimization zero_allow_untested_optimizer gradient_clipping communication_data_type data_types bf16 "
+    "zero_optimization zero_allow_untested_optimizer gradient_clipping communication_data_type "
     "wall_clock_breakdown memory_breakdown comms_logger flops_profiler dump_state steps_per_print"
 ).split()
 _ZERO_KEYS = (
@@ -72,7 +72,7 @@ class Launched:
             raise RecipeError("the launch file sets dynamo_config: remove it, runtime.compile=true compiles")
         if uses_deepspeed(environment):
             config = _read_json(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
-            _check_deepspeed(config, recipe)
+            _check_deepspeed(config)
             launched = cls(f"zero{config['zero_optimization']['stage']}", processes, config)
         elif environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
@@ -190,15 +190,11 @@ def _read_json(file: str | None) -> dict[str, Any]:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in range(4):
         raise RecipeError(f"{file} needs zero_optimization.stage 0, 1, 2 or 3, as a number")
-    for section in ("data_types", "bf16"):
-        if not isinstance(config.get(section, {}), dict):
-            raise RecipeError(f"{file} gives {section} as something other than a section: remove it")
     return config
 
 
-def _check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
-    zero = config["zero_optimization"]
-    for section, allowed in ((config, _SPEED_KEYS), (zero, _ZERO_KEYS)):
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    for section, allowed in ((config, _SPEED_KEYS), (config["zero_optimization"], _ZERO_KEYS)):
         unknown = sorted(key for key in set(section) - set(allowed) if not _is_off(section[key]))
         if unknown:
             meant = did_you_mean(unknown[0], allowed)
@@ -207,19 +203,6 @@ def _check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
         raise RecipeError('the DeepSpeed JSON must say "gradient_clipping": 0.0: without it accelerate clips at 1.0')
     if config.get("communication_data_type", "fp32") != "fp32":
         raise RecipeError("DeepSpeed's communication_data_type must be fp32: gradients are added in float32")
-    accumulation = config.get("data_types", {}).get("grad_accum_dtype")
-    if accumulation not in (None, "fp32"):
-        raise RecipeError(f"DeepSpeed's grad_accum_dtype={accumulation}: gradients are added in float32, write fp32")
-    if config.get("bf16", {}).get("enabled"):
-        if recipe.precision != "bf16":
-            raise RecipeError(f"DeepSpeed's bf16 section contradicts precision={recipe.precision}: remove the section")
-        if zero["stage"] == 0:
-            raise RecipeError("DeepSpeed's bf16 section does not work on stage 0: remove it, precision=bf16 is enough")
-        if accumulation is None or "communication_data_type" not in config:
-            raise RecipeError(
-                'DeepSpeed\'s bf16 section needs "data_types": {"grad_accum_dtype": "fp32"} and '
-                '"communication_data_type": "fp32": gradients are added in float32'
-            )
 
 
 def _is_off(value: Any) -> bool:
