@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lars.optim.base import Optimizer, ShardingError
 from lars.optim.key import NOT_NEGATIVE, POSITIVE, SHARE, key
-from lars.optim.norms import roots, tensor_norms, trust_ratios
+from lars.optim.norms import tensor_norms, trust_ratios
 from lars.optim.registry import Keys, register
 
 MOMENTUM_MODES = ("paper", "torch")
@@ -171,9 +171,9 @@ class LARS(Optimizer):
             if self.layout is None:
                 work.add(*tensors)
                 continue
-            for layer, view in self.layout.cut(p):
-                work.add(*map(view, tensors))
-                work.layers.append(layer)
+            for piece in self.layout.cut(p):
+                work.add(*map(piece.of, tensors))
+                work.layers.append(piece.layer)
         return work
 
     def _set_ratios(self, work: list[Work]) -> None:
@@ -182,12 +182,7 @@ class LARS(Optimizer):
         norms = [tensor_norms(part.params, part.grads) for part in adapted]
         sliced = [group for group in self.param_groups if group["adapt"] and group["params"]]  # the same on all ranks
         if self.layout is not None and sliced:
-            device = sliced[0]["params"][0].device
-            squares = torch.zeros(2, self.layout.layers, device=device)
-            for part, some in zip(adapted, norms):
-                squares.index_add_(1, self.layout.index(part.layers, device), some.square())
-            whole = roots(self.layout.squared_norms(squares))
-            norms = [whole.index_select(1, self.layout.index(part.layers, device)) for part in adapted]
+            norms = self.layout.norms([part.layers for part in adapted], norms, sliced[0]["params"][0].device)
         for part, some in zip(adapted, norms):
             part.ratios = trust_ratios(some[0], some[1], part.group)
 

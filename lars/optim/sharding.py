@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +19,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lars.optim.base import Optimizer, ShardingError
-
-View = Callable[[Tensor], Tensor]
+from lars.optim.norms import roots
 
 
 class Piece(NamedTuple):
-    """A slice of a layer: elements from `start` on of the flattened parameter."""
+    """A slice of a layer: `length` elements of the flattened parameter, from `start` on."""
 
     layer: int
     start: int
-    view: View  # cuts the slice out of the engine's tensor, its gradient or its velocity
+    length: int
+    offset: int = 0  # where it begins in the engine's flat tensor; a DTensor holds one slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of the slice in the engine's tensor, its gradient or its velocity."""
+        if isinstance(tensor, DTensor):
+            return tensor.to_local()
+        return tensor.view(-1).narrow(0, self.offset, self.length)
 
 
 @dataclass
@@ -37,32 +42,38 @@ class Layout:
     """Where the slices of layers stand in the tensors that an engine's optimizer holds."""
 
     group: dist.ProcessGroup | None
-    parameters: list[Tensor] = field(default_factory=list)  # the model's own, one for each layer
-    sizes: list[int] = field(default_factory=list)  # their elements
+    parameters: list[Tensor]  # the model's own, one for each layer
+    sizes: list[int]  # their elements
     pieces: dict[Tensor, list[Piece]] = field(default_factory=dict)  # by the engine's tensor
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    @property
-    def layers(self) -> int:
-        return len(self.parameters)
-
-    def cut(self, tensor: Tensor) -> list[tuple[int, View]]:
+    def cut(self, tensor: Tensor) -> list[Piece]:
         """The slices in one of the optimizer's tensors; those without elements are left out."""
         if tensor not in self.pieces:
             raise ShardingError("an engine has put a tensor into LARS that was not there at bind: bind again")
-        return [(piece.layer, piece.view) for piece in self.pieces[tensor]]
+        return self.pieces[tensor]
 
-    def index(self, layers: list[int], device: torch.device) -> Tensor:
+    def norms(self, layers: list[list[int]], norms: list[Tensor], device: torch.device) -> list[Tensor]:
+        """Norms of whole layers from those of slices, with one all-reduce; all processes call it together.
+
+        Args:
+            layers: for each group of slices the numbers of their layers.
+            norms: for each group (2, slices), of weights and of gradients, float32. The answer has these shapes too.
+        """
+        indices = [self._index(numbers, device) for numbers in layers]
+        squares = torch.zeros(2, len(self.parameters), device=device)
+        for index, some in zip(indices, norms):
+            squares.index_add_(1, index, some.square())
+        dist.all_reduce(squares, group=self.group)
+        whole = roots(squares)
+        return [whole.index_select(1, index) for index in indices]
+
+    def _index(self, layers: list[int], device: torch.device) -> Tensor:
         """Layer numbers as a tensor, kept: to make one anew in each step would be a copy that a GPU has to wait for."""
         key = tuple(layers)
         if key not in self._indices:
             self._indices[key] = torch.tensor(layers, device=device)
         return self._indices[key]
-
-    def squared_norms(self, squares: Tensor) -> Tensor:
-        """Sum over processes, shape (2, layers): squared norms of weights and of gradients, in float32."""
-        dist.all_reduce(squares, group=self.group)
-        return squares
 
     def gather(self, value_of: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(model's parameter, whole flat value) for each layer, on all processes; iterate to the end on each.
@@ -78,19 +89,17 @@ class Layout:
         for layer, (parameter, size) in enumerate(zip(self.parameters, self.sizes)):
             whole = torch.zeros(size, device=device)
             for tensor, piece in held.get(layer, []):
-                part = piece.view(value_of(tensor))
-                whole[piece.start : piece.start + part.numel()] = part
+                whole[piece.start : piece.start + piece.length] = piece.of(value_of(tensor))
             dist.all_reduce(whole.view(torch.int32), group=self.group)  # bits, so that -0.0 stays -0.0
             yield parameter, whole
 
     def scatter(self, whole_of: Callable[[Tensor], Tensor | None], value_of: Callable[[Tensor], Tensor]) -> None:
         """The reverse of `gather`: cut this process's slices out of whole values (None leaves a layer as it is)."""
         for tensor, pieces in self.pieces.items():
-            for layer, start, view in pieces:
-                whole = whole_of(self.parameters[layer])
+            for piece in pieces:
+                whole = whole_of(self.parameters[piece.layer])
                 if whole is not None:
-                    part = view(value_of(tensor))
-                    part.copy_(whole.reshape(-1)[start : start + part.numel()])
+                    piece.of(value_of(tensor)).copy_(whole.reshape(-1)[piece.start : piece.start + piece.length])
 
 
 def bind(model: nn.Module, optimizer: Any) -> None:
@@ -151,31 +160,22 @@ def _of_deepspeed(zero: Any) -> Layout:
         slices = list(slices_of(zero))
     except (AttributeError, IndexError, TypeError) as error:
         raise ShardingError(f"{name} is not laid out as LARS knows it: {error}") from error
-    layout = Layout(group)
-    numbers: dict[Tensor, int] = {}
-    for flat, parameter, size, flat_start, start, length in slices:
-        layer = numbers.setdefault(parameter, len(numbers))
-        if layer == layout.layers:
-            layout.parameters.append(parameter)
-            layout.sizes.append(size)
-        pieces = layout.pieces.setdefault(flat, [])
+    sizes = {parameter: size for _, parameter, size, *_ in slices}
+    numbers = {parameter: layer for layer, parameter in enumerate(sizes)}
+    layout = Layout(group, list(sizes), list(sizes.values()), {flat: [] for flat, *_ in slices})
+    for flat, parameter, _, offset, start, length in slices:
         if length:
-            pieces.append(Piece(layer, start, partial(_narrowed, start=flat_start, length=length)))
+            layout.pieces[flat].append(Piece(numbers[parameter], start, length, offset))
     if not _is_complete(layout):
         raise ShardingError(f"{name} does not hold every weight once: its layout has changed")
     return layout
 
 
-def _narrowed(flat: Tensor, start: int, length: int) -> Tensor:
-    return flat.view(-1).narrow(0, start, length)
-
-
 def _is_complete(layout: Layout) -> bool:
     """Whether all processes together hold every element of every layer exactly once."""
-    held = torch.zeros(2, layout.layers, dtype=torch.int64)
-    for tensor, pieces in layout.pieces.items():
-        for layer, start, view in pieces:
-            length = view(tensor).numel()
+    held = torch.zeros(2, len(layout.sizes), dtype=torch.int64)
+    for pieces in layout.pieces.values():
+        for layer, start, length, _ in pieces:
             held[:, layer] += torch.tensor([length, length * (2 * start + length - 1) // 2])  # count, sum of positions
     held = held.to(next(iter(layout.pieces)).device)
     dist.all_reduce(held, group=layout.group)
@@ -236,9 +236,5 @@ def _of_dtensors(tensors: list[Tensor]) -> Layout:
     layout = Layout(meshes.pop().get_group(dimensions[0]), tensors, [p.numel() for p in tensors])
     for layer, p in enumerate(cut):
         # `start` is for flat slices only; whole DTensors come from `full_tensor`
-        layout.pieces[p] = [Piece(layer, 0, _local)] if p.to_local().numel() else []
+        layout.pieces[p] = [Piece(layer, 0, length)] if (length := p.to_local().numel()) else []
     return layout
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local()
