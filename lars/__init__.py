@@ -6,21 +6,17 @@ pin its instruction set first (`lars.exact.portable`). `register_with_timm` adds
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 __all__ = ["LARS", "ShardingError", "bind", "register_with_timm"]
+_MODULES = {"LARS": "lars.optim.lars", "ShardingError": "lars.optim.base", "bind": "lars.optim.sharding"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LARS":
-        from lars.optim import lars as module
-    elif name == "ShardingError":
-        from lars.optim import base as module
-    elif name == "bind":
-        from lars.optim import sharding as module
-    else:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lars' has no attribute {name!r}")
-    return getattr(module, name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def register_with_timm() -> None:
