@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -173,29 +174,44 @@ def count_all_reduces(counts: list[int]) -> None:
     lars.optim.sharding.dist = Counted()
 
 
-def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_groups: bool, bind: bool, out: str) -> None:
-    _join(rank, world, port)
+@dataclass
+class Play:
+    """What processes are asked to train: STEPS steps of a model on an engine."""
+
+    zero: dict = field(default_factory=dict)  # DeepSpeed's zero_optimization
+    more: dict = field(default_factory=dict)  # other sections of its configuration
+    kind: type[Odd] = Odd
+    several_groups: bool = False
+    caffe: bool = False
+    bind: bool = True
+
+
+def stage(number: int, **how) -> Play:
+    return Play({"stage": number}, **how)
+
+
+def _deepspeed(rank: int, world: int, play: Play) -> dict:
+    """Rank 0's answer counts: the weights after each step, the engine's type, LARS's all-reduces in a step."""
     import deepspeed
 
-    config = dict(config)
-    net, caffe = model(Skips if config.pop("skips", False) else Odd), config.pop("caffe", False)
-    if config.get("bf16") and config["zero_optimization"]["stage"]:
-        config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    accumulation = config.get("gradient_accumulation_steps", 1)
-    micro = BATCH // world // accumulation
+    net, bf16 = model(play.kind), "bf16" in play.more
+    micro = BATCH // world // play.more.get("gradient_accumulation_steps", 1)
     config = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        **config,
+        "zero_optimization": play.zero,
+        **play.more,
     }
+    if bf16 and play.zero["stage"]:
+        config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     engine, wrapped, _, _ = deepspeed.initialize(
-        model=net, optimizer=optimizer(net, several_groups, caffe), config=config
+        model=net, optimizer=optimizer(net, play.several_groups, play.caffe), config=config
     )
     counts = [0]
     states = []
     try:
-        if bind:
+        if play.bind:
             lars.bind(engine, wrapped)
             count_all_reduces(counts)
         for step in range(STEPS):
@@ -209,28 +225,26 @@ def _deepspeed_rank(rank: int, world: int, port: int, config: dict, several_grou
             if hasattr(net, "calls") and hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
                 engine.optimizer.grad_partitions_flat_buffer.zero_()  # DeepSpeed leaves the step before there
             names = dict(net.named_parameters())
-            if config.get("bf16"):
+            if bf16:
                 steps_own = counts[0]
                 masters = dict(_lars(wrapped).layout.gather(lambda t: t.detach()))
                 counts[0] = steps_own
                 shapes = {n: p.shape for n, p in model().named_parameters()}
                 states.append({n: masters[p].view(shapes[n]) for n, p in names.items() if p in masters})
-            elif config["zero_optimization"]["stage"] == 3:
+            elif play.zero["stage"] == 3:
                 with deepspeed.zero.GatheredParameters(list(names.values())):
                     states.append({n: p.detach().clone() for n, p in names.items()})
             else:
                 states.append({n: p.detach().clone() for n, p in names.items()})
         answer = {"states": states, "engine": type(engine.optimizer).__name__, "all_reduces": counts[0] / STEPS}
-        if bind and config["zero_optimization"]["stage"]:
+        if play.bind and play.zero["stage"]:
             answer["layout"] = {
                 n: w for p, w in _lars(wrapped).layout.gather(lambda t: t.detach()) for n, q in names.items() if p is q
             }
             _scatter_and_gather_again(_lars(wrapped))
     except lars.ShardingError as error:
         answer = {"refused": str(error)}
-    if rank == 0:
-        torch.save(answer, out)
-    dist.destroy_process_group()
+    return answer
 
 
 def _lars(wrapped: object) -> lars.LARS:
@@ -251,17 +265,15 @@ def _scatter_and_gather_again(rule: lars.LARS) -> None:
         assert torch.equal(again.view(torch.int32), whole[p].view(torch.int32))
 
 
-def _fsdp2_rank(rank: int, world: int, port: int, config: dict, several_groups: bool, bind: bool, out: str) -> None:
-    _join(rank, world, port)
+def _fsdp2(rank: int, world: int, play: Play) -> dict:
     from torch.distributed.fsdp import fully_shard
 
-    net = model(Skips if config.get("skips") else Odd)
+    net = model(play.kind)
     fully_shard(net)
-    rule = optimizer(net, several_groups, config.get("caffe", False))
+    rule = optimizer(net, play.several_groups, play.caffe)
     counts, states = [0], []
-    if bind:
-        lars.bind(net, rule)
-        count_all_reduces(counts)
+    lars.bind(net, rule)
+    count_all_reduces(counts)
     for step in range(STEPS):
         for group in rule.param_groups:
             group["lr"] = RATES[step]
@@ -270,20 +282,20 @@ def _fsdp2_rank(rank: int, world: int, port: int, config: dict, several_groups: 
         rule.step()
         rule.zero_grad()
         states.append({n: p.full_tensor().detach().clone() for n, p in net.named_parameters()})
-    if rank == 0:
-        torch.save(
-            {"states": states, "engine": type(next(net.parameters())).__name__, "all_reduces": counts[0] / STEPS}, out
-        )
-    dist.destroy_process_group()
+    return {"states": states, "engine": type(next(net.parameters())).__name__, "all_reduces": counts[0] / STEPS}
 
 
-def _join(rank: int, world: int, port: int) -> None:
+def _rank(rank: int, world: int, port: int, engine: Callable[[int, int, Play], dict], plays: tuple, out: Path) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), DS_ACCELERATOR="cpu"
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+    answers = [engine(rank, world, play) for play in plays]
+    if rank == 0:
+        torch.save(answers, out)
+    dist.destroy_process_group()
 
 
 def remove_shared_memory(port: int) -> None:
@@ -292,19 +304,15 @@ def remove_shared_memory(port: int) -> None:
         left.unlink(missing_ok=True)
 
 
-def run(
-    target, world: int, tmp_path: Path, config: dict | None = None, several_groups: bool = False, bind: bool = True
-) -> dict:
+def run(engine: Callable[[int, int, Play], dict], world: int, tmp_path: Path, *plays: Play) -> list[dict]:
+    """What processes answer that play one after the other: to start them takes longer than to play."""
     port = free_port()
-    out = tmp_path / "answer.pt"
-    ranks = [
-        RANKS.Process(target=target, args=(r, world, port, config or {}, several_groups, bind, str(out)))
-        for r in range(world)
-    ]
+    out = tmp_path / "answers.pt"
+    ranks = [RANKS.Process(target=_rank, args=(r, world, port, engine, plays, out)) for r in range(world)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(240)
+        rank.join(480)
     remove_shared_memory(port)
     assert [rank.exitcode for rank in ranks] == [0] * world
     return torch.load(out)
@@ -313,106 +321,143 @@ def run(
 ENGINES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
 
-WORLDS = [2, *(pytest.param(world, marks=pytest.mark.long) for world in (1, 3))]
+ROUND_ROBIN = {"round_robin_gradients": True}
+SMALL = {"reduce_bucket_size": 500}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+UNFORCED = {"zero_force_ds_cpu_optimizer": False}
+GROUPS = {"several_groups": True, "more": {"gradient_accumulation_steps": 2}}
+QUICK = {  # what two processes play in `make test`; those that end with an error are the last
+    **{f"stage {number}": stage(number) for number in (1, 2, 3)},
+    "caffe": stage(3, caffe=True),
+    "layout": Play({"stage": 3, **SMALL, "stage3_param_persistence_threshold": 0}, **GROUPS),
+    "offload": Play({"stage": 2, **OFFLOAD}, UNFORCED),
+    "unbound": stage(3, bind=False),
+}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_is_exact_with_one_all_reduce(stage: int, world: int, tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, world, tmp_path, {"zero_optimization": {"stage": stage}})
-    assert answer["engine"] == ENGINES[stage]
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return dict(zip(QUICK, run(_deepspeed, 2, tmp_path_factory.mktemp("pair"), *QUICK.values())))
+
+
+def assert_exact(answer: dict, number: int) -> None:
+    assert answer["engine"] == ENGINES[number]
     assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] == 1
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
-def test_the_caffe_forks_rule_is_exact_on_slices(stage: int, tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "caffe": True})
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_zero_is_exact_with_one_all_reduce(number: int, pair: dict[str, dict]) -> None:
+    assert_exact(pair[f"stage {number}"], number)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 3])
+def test_zero_is_exact_on_other_numbers_of_processes(world: int, tmp_path: Path) -> None:
+    for number, answer in enumerate(run(_deepspeed, world, tmp_path, *map(stage, (1, 2, 3))), 1):
+        assert_exact(answer, number)
+
+
+def assert_exact_as_in_caffe(answer: dict) -> None:
     assert worst(answer["states"], caffe=True) <= 1 < worst(answer["states"])
     assert answer["all_reduces"] == 1
 
 
+def test_the_caffe_forks_rule_is_exact_on_slices(pair: dict[str, dict]) -> None:
+    assert_exact_as_in_caffe(pair["caffe"])
+
+
 @pytest.mark.long
-def test_the_caffe_forks_rule_is_exact_under_fsdp2(tmp_path: Path) -> None:
-    answer = run(_fsdp2_rank, 2, tmp_path, {"caffe": True})
-    assert worst(answer["states"], caffe=True) <= 1 and answer["all_reduces"] == 1
+def test_the_caffe_forks_rule_is_exact_on_stages_1_and_2_and_under_fsdp2(tmp_path: Path) -> None:
+    sharded = run(_deepspeed, 2, tmp_path, stage(1, caffe=True), stage(2, caffe=True))
+    for answer in [*sharded, *run(_fsdp2, 2, tmp_path, Play(caffe=True))]:
+        assert_exact_as_in_caffe(answer)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
-def test_unbound_slices_are_refused(stage: int, tmp_path: Path) -> None:
-    assert (
-        "lars.bind" in run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}}, bind=False)["refused"]
-    )
+def test_unbound_slices_are_refused(pair: dict[str, dict]) -> None:
+    assert "lars.bind" in pair["unbound"]["refused"]
 
 
-@pytest.mark.parametrize(
-    "zero",
-    [
-        pytest.param({"stage": 1, "round_robin_gradients": True}, marks=pytest.mark.long),
-        pytest.param(
-            {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
-            marks=pytest.mark.long,
-        ),
-        pytest.param({"stage": 2, "overlap_comm": True, "contiguous_gradients": False}, marks=pytest.mark.long),
-        {"stage": 3, "reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0},
-    ],
-    ids=["round robin", "round robin, small buckets", "overlap", "stage 3, small buckets"],
-)
-def test_layouts(zero: dict, tmp_path: Path) -> None:
-    answer = run(
-        _deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "gradient_accumulation_steps": 2}, several_groups=True
-    )
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2])
+def test_unbound_slices_are_refused_on_stages_1_and_2(number: int, tmp_path: Path) -> None:
+    assert "lars.bind" in run(_deepspeed, 2, tmp_path, stage(number, bind=False))[0]["refused"]
+
+
+def assert_exact_in_several_groups(answer: dict) -> None:
     assert worst(answer["states"], several_groups=True) <= 1
     for name, whole in answer["layout"].items():  # what checkpoints are made of
         assert torch.equal(whole.view_as(answer["states"][-1][name]), answer["states"][-1][name])
 
 
+def test_small_buckets(pair: dict[str, dict]) -> None:
+    assert_exact_in_several_groups(pair["layout"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 1, **ROUND_ROBIN},
+        {"stage": 2, **ROUND_ROBIN, **SMALL, "allgather_bucket_size": 500},
+        {"stage": 2, "overlap_comm": True, "contiguous_gradients": False},
+    ],
+    ids=["round robin", "round robin, small buckets", "overlap"],
+)
+def test_layouts(zero: dict, tmp_path: Path) -> None:
+    assert_exact_in_several_groups(run(_deepspeed, 2, tmp_path, Play(zero, **GROUPS))[0])
+
+
 @pytest.mark.long
 def test_stage_3_sub_groups_are_exact_at_one_all_reduce_each(tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 3, "sub_group_size": 300}})
+    (answer,) = run(_deepspeed, 2, tmp_path, Play({"stage": 3, "sub_group_size": 300}))
     assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] > 1
 
 
 @pytest.mark.long
 def test_stage_0_needs_no_collective(tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 0}})
+    (answer,) = run(_deepspeed, 2, tmp_path, stage(0))
     assert worst(answer["states"]) <= 1 and answer["all_reduces"] == 0
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_s_own_bf16_section_is_exact_on_its_masters(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_deepspeed_s_own_bf16_section_is_exact_on_its_masters(number: int, tmp_path: Path) -> None:
     """With `data_types.grad_accum_dtype: fp32` every stage averages and keeps the bf16 gradients in float32."""
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}})
-    assert answer["engine"] == ("BF16_Optimizer" if stage == 1 else ENGINES[stage])
+    (answer,) = run(_deepspeed, 2, tmp_path, stage(number, more={"bf16": {"enabled": True}}))
+    assert answer["engine"] == ("BF16_Optimizer" if number == 1 else ENGINES[number])
     assert worst_bf16(answer["states"], 2) <= 1
     assert answer["all_reduces"] == 1
 
 
 @pytest.mark.long
 def test_deepspeed_s_bf16_section_on_stage_0_is_refused(tmp_path: Path) -> None:
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}})
+    (answer,) = run(_deepspeed, 2, tmp_path, stage(0, more={"bf16": {"enabled": True}}))
     assert "is not a layout that LARS knows" in answer["refused"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_layer_without_gradient_counts_as_one_of_zeros_in_flat_slices(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_layer_without_gradient_counts_as_one_of_zeros_in_flat_slices(number: int, tmp_path: Path) -> None:
     """On stage 3 only if the last step's gradients are cleared: DeepSpeed 0.19.8 would take them for this one's."""
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": {"stage": stage}, "skips": True})
+    (answer,) = run(_deepspeed, 2, tmp_path, stage(number, kind=Skips))
     assert worst(answer["states"], kind=Skips, zero_for_none=True) <= 1 < worst(answer["states"], kind=Skips)
 
 
 @pytest.mark.long
 def test_a_layer_without_gradient_is_left_alone_under_fsdp2(tmp_path: Path) -> None:
-    assert worst(run(_fsdp2_rank, 2, tmp_path, {"skips": True})["states"], kind=Skips) <= 1
+    assert worst(run(_fsdp2, 2, tmp_path, Play(kind=Skips))[0]["states"], kind=Skips) <= 1
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
-def test_optimizer_offload_is_refused(stage: int, tmp_path: Path) -> None:
-    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
-    answer = run(_deepspeed_rank, 2, tmp_path, {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False})
+def test_optimizer_offload_is_refused(pair: dict[str, dict]) -> None:
+    assert "offload" in pair["offload"]["refused"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 3])
+def test_optimizer_offload_is_refused_on_stages_1_and_3(number: int, tmp_path: Path) -> None:
+    (answer,) = run(_deepspeed, 2, tmp_path, Play({"stage": number, **OFFLOAD}, UNFORCED))
     assert "offload" in answer["refused"]
 
 
@@ -484,9 +529,9 @@ def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp
     assert all("EXACT" in text for text in printed), printed
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.long) for world in (1, 3))])
 def test_fsdp2_is_exact_with_one_all_reduce(world: int, tmp_path: Path) -> None:
-    answer = run(_fsdp2_rank, world, tmp_path)
+    (answer,) = run(_fsdp2, world, tmp_path, Play())
     assert answer["engine"] == "DTensor"
     assert worst(answer["states"]) <= 1
     assert answer["all_reduces"] == 1
