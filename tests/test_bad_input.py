@@ -59,6 +59,7 @@ def complaint(capsys: pytest.CaptureFixture, *overrides: str, recipe: Path = REC
         ("augment.std=[0,1,1]", ["augment.std"]),
         ("augment.eval_resize=20", ["smaller than model.image_size"]),
         ("runtime.micro_batch=0", ["positive"]),
+        ("runtime.compile=true", ["makes kernels for this CPU, which runtime.portable=true excludes"]),
         ("bn_group=null", ["53 batch norms", "bn_group=32"]),
         ("bn_group=36", ["use 32 or 48"]),
         ("runtime.micro_batch=100", ["use 96 or 128"]),

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import DEMO, start_ranks
 
-from lars.run.reading import read_lines
+from lars.run.reading import read_lines, read_result
 
 RANK = "RANK"
 
@@ -26,7 +26,7 @@ def seed_by_rank() -> None:
 
 
 def weights_by_rank() -> None:
-    """First weights drawn from the rank."""
+    """First weights of another rank that are one part in a million larger."""
     from recipes import train
 
     build_model, rank = train.build_model, int(os.environ.get(RANK, 0))
@@ -34,7 +34,7 @@ def weights_by_rank() -> None:
     def build(recipe):
         model, ghosts = build_model(recipe)
         for p in model.parameters():
-            p.data *= 1 + 0.01 * rank
+            p.data *= 1 + 1e-6 * rank
         return model, ghosts
 
     train.build_model = build
@@ -105,7 +105,10 @@ def test_what_makes_processes_differ_ends_the_run(
     law_breaker: Callable[[], None], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:
     said = losses(2, (*tiny, "max_steps=4"), law_breaker, tmp_path)
-    assert "has other weights than rank 0; they are not saved" in said
+    assert "rank 1 on" in said and "has other weights than rank 0; they are not saved" in said
+    run = tmp_path / "2"
+    assert not (run / "checkpoints").exists()
+    assert law_breaker is weights_by_rank or read_result(run)["status"] == "failed"  # those are seen before it begins
 
 
 @pytest.mark.long

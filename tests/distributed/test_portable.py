@@ -133,14 +133,6 @@ def test_a_cpu_that_cannot_is_named(machine: str, flags: str, said: str, monkeyp
     assert portable.excluded() == portable.obstacle() == said
 
 
-def test_portable_and_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
-    keys = ("runtime.portable=true", "runtime.compile=true", f"run_dir={tmp_path / 'run'}")
-    command = [sys.executable, "recipes/train.py", "--config", str(DEMO / "alexnet.yaml"), *keys]
-    done = subprocess.run(command, env=cells.clean(), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: runtime.compile=true makes kernels for this CPU, which runtime.portable=true")
-
-
 @pytest.mark.long
 @needs_portable
 @pytest.mark.parametrize("where", ["zero1", "fsdp2"])
@@ -214,30 +206,6 @@ def test_a_missing_variable_of_the_launcher_is_named(missing: str, monkeypatch: 
     with pytest.raises(RecipeError, match=f"set, but not {missing}: a launcher tells each process all six") as refused:
         launched.process_count({name: value for name, value in SIX.items() if name != missing})
     assert "\n" not in str(refused.value)
-
-
-def refused_by_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, variables: dict[str, str]) -> str:
-    """What train.py says on stderr under these variables; it must end with status 2, in one line."""
-    from recipes.train import main
-
-    for name in SIX:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert main(["--config", str(DEMO / "alexnet.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
-
-
-def test_train_ends_with_status_2_where_a_variable_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    given = {**SIX, "RANK": "0", "LOCAL_RANK": "0"}
-    del given["MASTER_PORT"]
-    with pytest.raises(RecipeError):  # before train.py is called, which would wait for the other process
-        launched.process_count(given)
-    assert "not MASTER_PORT" in refused_by_train(monkeypatch, capsys, given)
 
 
 def test_more_processes_than_gpus_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

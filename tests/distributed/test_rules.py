@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import timm.optim
 import torch
-from conftest import play, start_ranks
+from conftest import ROOT, play, start_ranks
 from distributed.parity import RECIPE, engine_keys, weights_after
 from safetensors.torch import load_file
 
-from lars.run.reading import read_lines, read_result
+from lars.recipe.launched import environment_of
+from lars.run.reading import read_lines
+from recipes.train import main
 
 ADAM = (
     "optimizer.lr=0.02",
@@ -146,8 +148,13 @@ def test_timms_lamb_is_another_rule_under_zero(tiny: tuple[str, ...], tmp_path: 
     assert distance(sharded, alone) > 0.01 * distance(before, alone)
 
 
-def test_an_average_of_slices_is_refused(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    keys = (*tiny, *AROUND["average"], f"run_dir={tmp_path / 'run'}")
-    ranks = start_ranks(2, RECIPE, *keys, log=tmp_path / "log", where="zero3")
-    assert ranks.wait() == [2, 2] and "error: ema_decay averages whole weights" in ranks.output
-    assert not (tmp_path / "run").exists() or not read_result(tmp_path / "run")
+def test_an_average_of_slices_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, value in environment_of(ROOT / "launch/zero3.yaml").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    keys = ("--processes", "2", *AROUND["average"], f"run_dir={tmp_path / 'run'}")
+    assert main(["--config", str(RECIPE), "--check", *keys]) == 2
+    assert capsys.readouterr().err.startswith("error: ema_decay averages whole weights, and zero3 keeps slices")
+    assert not (tmp_path / "run").exists()

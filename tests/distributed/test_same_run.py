@@ -287,14 +287,11 @@ def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(
     ]  # every third, keep=2
 
 
-def test_a_finished_run_says_so_continues_further_and_refuses_another_recipe(
+def test_a_finished_run_continues_further_and_refuses_another_recipe(
     tmp_path: Path, tiny: tuple[str, ...], tiny_runs: dict[int, Path]
 ) -> None:
     run, log, recipe = tmp_path / "run", tmp_path / "log", DEMO / "resnet50.yaml"
     shutil.copytree(tiny_runs[1], run)
-    assert "already finished after 24 steps" in play(
-        1, recipe, *tiny, "max_steps=24", "log_samples=true", f"run_dir={run}", log=log
-    )
     assert "resuming after step 24" in play(
         1, recipe, *tiny, "max_steps=25", "log_samples=true", f"run_dir={run}", log=log
     )
@@ -370,24 +367,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_layer
     )
     result = read_result(tmp_path / "run")
     assert result["status"] == "failed" and result["steps"] == 2
-
-
-def test_weights_that_not_all_processes_share_are_never_saved(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    """Rank 1's optimizer moves one weight by one part in a million after the last step."""
-    recipe = tmp_path / "recipes/mine/resnet50.yaml"
-    recipe.parent.mkdir(parents=True)
-    recipe.write_text((DEMO / "resnet50.yaml").read_text())
-    (recipe.parent / "model.py").write_text(
-        "import os\nfrom lars.optim.lars import LARS\nright = LARS.step\n"
-        "def wrong(self, closure=None):\n"
-        "    right(self, closure)\n"
-        "    if os.environ.get('RANK') == '1': self.param_groups[0]['params'][0].data.view(-1)[0] *= 1 + 1e-6\n"
-        "LARS.step = wrong\n"
-    )
-    ranks = start_ranks(2, recipe, *tiny, "max_steps=1", f"run_dir={tmp_path / 'run'}", log=tmp_path / "log")
-    assert ranks.wait() == [1, 1]
-    assert "step 1: rank 1 on" in ranks.output and "has other weights than rank 0; they are not saved" in ranks.output
-    assert read_result(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])

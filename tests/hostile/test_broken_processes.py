@@ -25,6 +25,7 @@ from lars.commands import reproduce
 from lars.commands.preflight import check_room
 from lars.recipe import config
 from lars.recipe.keys import Checkpoint
+from lars.recipe.launched import Alone, place
 from lars.recipe.refusal import RecipeError
 from lars.run import checkpoint, peers, watchdog
 from lars.run.reading import read_lines, read_result
@@ -717,6 +718,24 @@ def limited(folder: Path) -> None:
     ("WORLD_SIZE=0", "refused", {**SIX, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
     ("MASTER_PORT=0", "refused", {**SIX, "MASTER_PORT": "0"}, "MASTER_PORT=0 of the launcher is no port"),
     ("MASTER_PORT=70000", "refused", {**SIX, "MASTER_PORT": "70000"}, "from 1 to 65535"),
+    arguments="variables, words",
+)
+def test_numbers_that_cannot_be(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in SIX:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Alone):  # before train.py is called here, which would wait for the other process
+        place()
+    assert main(["--config", str(DEMO / "alexnet.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said, said
+
+
+@promised(
+    "Launchers",
     (
         "a MASTER_ADDR that does not resolve",
         "refused after 30 seconds",
