@@ -119,6 +119,13 @@ def start_ranks(
     return Ranks(ranks, log)
 
 
+def wait_until(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"it has not happened within {seconds} s"
+        time.sleep(0.005)
+
+
 def speak_into(log: str) -> None:
     """In a forked process: work in the repository's root, and print into a file."""
     os.chdir(ROOT)

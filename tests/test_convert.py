@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.io
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, wait_until
 from PIL import Image
 
 from lars.commands.convert import main
@@ -260,13 +259,6 @@ def alive(group: int) -> bool:
         return True
     except ProcessLookupError:
         return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def kill(pid: int, wait: Callable[[], int]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from conftest import DEMO, RANKS, Ranks, start_ranks, without_speed
+from conftest import DEMO, RANKS, Ranks, start_ranks, wait_until, without_speed
 
 from lars.recipe.refusal import RecipeError
 from lars.run import lock
@@ -32,13 +32,6 @@ def short_times() -> None:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "COUNT_EVERY", 0.2)
     monkeypatch.setattr(lock, "DEAD_AFTER", 1.5)
-
-
-def wait_until(happened: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def hold(folder: Path, done: Path) -> None:

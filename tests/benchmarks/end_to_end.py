@@ -28,9 +28,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DEMO, ROOT, accelerate_line, launch_line
 
+from lars.exact.portable import cpu
 from lars.run.sources import commit
 from tests.benchmarks import photos
-from tests.benchmarks.optimizer_step import cpu_model
 
 RIVALS = ("timm", "torchvision", "accelerate")
 WARM = 3  # steps before the clock of the rate starts
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, every round of it")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": version("torch"), "load": os.getloadavg()}
+    machine = {"cpu": cpu()[0], "cores": os.cpu_count(), "torch": version("torch"), "load": os.getloadavg()}
     found: dict[str, Any] = {"machine": machine, "commit": commit(), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lars.exact.portable import cpu
 from lars.recipe import config
 from tests.benchmarks import photos
 
@@ -310,15 +311,13 @@ def main() -> None:
     rivals = [rival for rival in RIVALS if rival != DALI or installed("nvidia.dali")]
     if DALI not in rivals:
         print(f"{DALI} is not installed: pip install 'lars-imagenet[bench]'", file=sys.stderr)
-    from tests.benchmarks.optimizer_step import cpu_model
-
     with tempfile.TemporaryDirectory() as made:
         if args.data is None:
             args.data, args.folder = Path(made, "parquet"), Path(made, "folder")
             photos.write(args.data, folder=args.folder)
         photographs = Photographs(args.data.resolve(), args.folder.resolve())
         sizes = [len(data) for data in photographs.encoded()]
-        machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.system(), "torch": torch.__version__}
+        machine = {"cpu": cpu()[0], "cores": os.cpu_count(), "system": platform.system(), "torch": torch.__version__}
         looked_at = {"count": len(sizes), "mean_kb": round(statistics.mean(sizes) / 1000, 1)}
         result = {
             "machine": machine,

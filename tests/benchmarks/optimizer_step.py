@@ -12,7 +12,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytorch_optimizer
 import timm
@@ -21,6 +20,7 @@ from timm.optim import Lars
 
 import lars
 import recipes.alexnet.model  # noqa: F401  registers alexnet
+from lars.exact.portable import cpu
 
 ROUNDS, WARM_UP = 41, 3
 
@@ -63,11 +63,6 @@ def measure(model: str, device: torch.device) -> dict[str, dict[str, float]]:
     return {name: {"ms": round(ms, 2), "ratio": round(ms / base, 2)} for name, ms in medians.items()}
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -76,7 +71,7 @@ def main() -> None:
     name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
-        else f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+        else f"{cpu()[0]}, {torch.backends.cpu.get_cpu_capability()}"
     )
     machine = {
         "device": name,

@@ -24,10 +24,10 @@ import simplejpeg
 from lars.data.augment import _random_box, draws_of, evaluation_image, training_image
 from lars.data.decode import Encoded
 from lars.data.resample import resampled
+from lars.exact.portable import cpu
 from lars.recipe import config
 from tests.benchmarks import photos
 from tests.benchmarks.loader import installed
-from tests.benchmarks.optimizer_step import cpu_model
 from tests.benchmarks.resizers import SIZE, SOURCES, Box, whole
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def measure() -> dict[str, Any]:
         found[what] = {factor: told(views) for factor, views in factors.items()} | {"training": told(drawn)}
     counts = {factor: len(apart[CONTROL][factor]) for factor in (*FACTORS, "evaluation")}
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu()[0],
         "versions": {name: import_module(name).__version__ for name in MODULES if installed(name)},
         "photographs": len(pictures),
         "views": counts,

@@ -26,12 +26,12 @@ from conftest import DEMO
 
 from lars import bind
 from lars.engine.build import build_model, build_optimizer, start_engine
+from lars.exact.portable import cpu
 from lars.recipe import config
 from lars.recipe.batch import BatchPlan
 from lars.recipe.keys import Recipe
 from lars.recipe.launched import Launched
 from lars.recipe.model_file import import_model_file
-from tests.benchmarks.optimizer_step import cpu_model
 
 LARGE = (
     "model.name=resnet50",
@@ -134,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     import_model_file(DEMO)
     torch.set_num_threads(1)
-    found = {"machine": {"cpu": cpu_model(), "torch": torch.__version__}, "steps": {n: measure(n) for n in CASES}}
+    found = {"machine": {"cpu": cpu()[0], "torch": torch.__version__}, "steps": {n: measure(n) for n in CASES}}
     if args.json:
         print(json.dumps(found, indent=1))
         return

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-from tests.benchmarks.optimizer_step import cpu_model
+from lars.exact.portable import cpu
 from tests.benchmarks.reduction import ELEMENTS, exchange  # it makes `distributed` known
 
 from distributed.nodes import obstacle  # isort: skip
@@ -72,7 +72,7 @@ def main() -> None:
         return
     if why := obstacle():
         sys.exit(f"error: {why}")
-    machine = {"cpu": cpu_model(), "torch": version("torch"), "load": os.getloadavg()}
+    machine = {"cpu": cpu()[0], "torch": version("torch"), "load": os.getloadavg()}
     found = {"machine": machine, "elements": ELEMENTS, "rates": {rate: measure(rate) for rate in RATES}}
     if args.json:
         print(json.dumps(found, indent=1))

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import DEMO, ROOT, launch, launch_line, play, start_ranks, without_speed
+from conftest import DEMO, ROOT, launch, launch_line, play, start_ranks, wait_until, without_speed
 from safetensors.torch import load_file
 
 from lars.data.index import build_indexes
@@ -243,9 +242,9 @@ def test_what_is_for_speed_takes_the_same_step_up_to_rounding(key: str, tmp_path
 
 def wait_for_step(run: Path, step: int, running: callable) -> None:
     metrics = run / "metrics.jsonl"
-    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
-        assert running(), "the run ended before that step"
-        time.sleep(0.02)
+    logged = lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()  # noqa: E731
+    wait_until(lambda: logged() or not running())
+    assert logged(), "the run ended before that step"
 
 
 def test_killed_and_terminated_runs_resume_as_if_nothing_had_happened(

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import DEMO, RANKS, ROOT, Ranks, launch_line, play, start_ranks, without_speed
+from conftest import DEMO, RANKS, ROOT, Ranks, launch_line, play, start_ranks, wait_until, without_speed
 from promises import promised
 
 from lars.commands import reproduce
@@ -42,13 +42,6 @@ SIX = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }
-
-
-def wait_until(happened: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def steps(run: Path) -> int:
