@@ -4,6 +4,8 @@ PYTHON ?= .venv/bin/python
 SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # Logs and results that another target has just written make no other commit of the sources.
 COMMIT = $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD -- . ':!tests/*.log' ':!tests/*.json' ':!tests/*.png' ':!docs' || echo -dirty)
+# $(call LOGGED,COMMAND,FILE): show and keep what a command prints, behind the commit that it looked at.
+LOGGED = bash -o pipefail -c '(echo $(COMMIT); $(1)) | sed -u "s|$(CURDIR)/||g" | tee $(2)'
 REPRODUCE = $(PYTHON) -m lars reproduce $(if $(LAUNCH),--launch $(LAUNCH)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(DATA),--data $(DATA)) $(if $(FRESH),--fresh)
 
@@ -39,10 +41,11 @@ test: lint  ## what CI runs: `make lint` and the tests
 	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(SETUP)  ## tests that do not fit into `make test`; the log is committed, another one for ATEN_CPU_CAPABILITY=avx2
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/long$(addprefix -,$(ATEN_CPU_CAPABILITY)).log'
+	$(call LOGGED,$(PYTHON) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder -vv --no-header,\
+	    tests/long$(addprefix -,$(ATEN_CPU_CAPABILITY)).log)
 
 test-environments: $(SETUP)  ## `make test` under five settings of instruction set and threads; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); bash tests/environments.sh $(PYTHON)) | tee tests/environments.log'
+	$(call LOGGED,bash tests/environments.sh $(PYTHON),tests/environments.log)
 
 test-gpu: $(SETUP)  ## does this machine's GPU keep every promise? PART=1 to PART=4; DEVICE=cpu tries the script without one
 	$(PYTHON) tests/gpu/check.py $(if $(DEVICE),--device $(DEVICE)) $(if $(PART),--part $(PART))
@@ -64,29 +67,20 @@ tables: $(SETUP)  ## write the READMEs' tables and the study's figures from reci
 	$(PYTHON) recipes/study/summary.py
 
 chaos: $(SETUP)  ## one run interrupted 84 times in every way, against an undisturbed one; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) tests/chaos.py) | tee tests/chaos.log'
+	$(call LOGGED,$(PYTHON) tests/chaos.py,tests/chaos.log)
 
 slurm: $(SETUP)  ## a job stopped by its time limit, requeued and resumed by real daemons (root, slurm-wlm, munge); the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m pytest tests/distributed/test_slurm.py -vv -rs -s --no-header) | sed -u "s|$(CURDIR)/||g" | tee tests/slurm.log'
+	$(call LOGGED,$(PYTHON) -m pytest tests/distributed/test_slurm.py -vv -rs -s --no-header,tests/slurm.log)
 
 fuzz: $(SETUP)  ## broken recipes, run folders, data and images at random for MINUTES=30; the log is committed
-	bash -o pipefail -c '(echo $(COMMIT); $(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30)) | tee tests/fuzz.log'
+	$(call LOGGED,$(PYTHON) -m tests.hostile.fuzz --minutes $(or $(MINUTES),30),tests/fuzz.log)
 
 reverts: $(SETUP)  ## takes each mend back alone and sees its test fail, an hour, goes on where it stopped; the log is committed
 	$(PYTHON) -m tests.hostile.reverts
 
 bench: $(SETUP)  ## benchmarks, ratios to the usual way in the same run; results are committed
-	$(PYTHON) -m tests.benchmarks.reduction --json > tests/benchmarks/reduction.json
-	$(PYTHON) -m tests.benchmarks.optimizer_step --json > tests/benchmarks/optimizer_step.json
-	$(PYTHON) -m tests.benchmarks.memory --json > tests/benchmarks/memory.json
-	$(PYTHON) -m tests.benchmarks.order --json > tests/benchmarks/order.json
 	$(PYTHON) -m pip install --quiet -e .[bench]
-	$(PYTHON) -m tests.benchmarks.loader --json > tests/benchmarks/loader.json
-	$(PYTHON) -m tests.benchmarks.resize --json > tests/benchmarks/resize.json
-	$(PYTHON) -m tests.benchmarks.portable --json > tests/benchmarks/portable.json
-	$(PYTHON) -m tests.benchmarks.content --json > tests/benchmarks/content.json
-	$(PYTHON) -m tests.benchmarks.plan --json > tests/benchmarks/plan.json
+	set -e; for name in reduction optimizer_step memory order loader resize portable content plan step end_to_end; do \
+	    $(PYTHON) -m tests.benchmarks.$$name --json > tests/benchmarks/$$name.json; done
 	[ "$$(id -u)" != 0 ] || $(PYTHON) -m tests.benchmarks.wire --json > tests/benchmarks/wire.json
-	$(PYTHON) -m tests.benchmarks.step --json > tests/benchmarks/step.json
-	$(PYTHON) -m tests.benchmarks.end_to_end --json > tests/benchmarks/end_to_end.json
 	$(PYTHON) -m tests.benchmarks.page
