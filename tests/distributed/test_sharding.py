@@ -183,6 +183,7 @@ class Play:
     kind: type[Odd] = Odd
     several_groups: bool = False
     caffe: bool = False
+    slices: str = "bound"  # what the rule says of them
     bind: bool = True
 
 
@@ -205,9 +206,9 @@ def _deepspeed(rank: int, world: int, play: Play) -> dict:
     }
     if bf16 and play.zero["stage"]:
         config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    engine, wrapped, _, _ = deepspeed.initialize(
-        model=net, optimizer=optimizer(net, play.several_groups, play.caffe), config=config
-    )
+    rule = optimizer(net, play.several_groups, play.caffe)
+    rule.slices = play.slices
+    engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=rule, config=config)
     counts = [0]
     states = []
     try:
@@ -330,6 +331,7 @@ QUICK = {  # what two processes play in `make test`; those that end with an erro
     **{f"stage {number}": stage(number) for number in (1, 2, 3)},
     "caffe": stage(3, caffe=True),
     "layout": Play({"stage": 3, **SMALL, "stage3_param_persistence_threshold": 0}, **GROUPS),
+    "whole tensors": stage(2, slices="refused"),
     "offload": Play({"stage": 2, **OFFLOAD}, UNFORCED),
     "unbound": stage(3, bind=False),
 }
@@ -448,6 +450,10 @@ def test_a_layer_without_gradient_counts_as_one_of_zeros_in_flat_slices(number: 
 @pytest.mark.long
 def test_a_layer_without_gradient_is_left_alone_under_fsdp2(tmp_path: Path) -> None:
     assert worst(run(_fsdp2, 2, tmp_path, Play(kind=Skips))[0]["states"], kind=Skips) <= 1
+
+
+def test_a_rule_that_needs_whole_tensors_is_refused(pair: dict[str, dict]) -> None:
+    assert "LARS needs whole tensors: train it with plain data parallel or DDP" in pair["whole tensors"]["refused"]
 
 
 def test_optimizer_offload_is_refused(pair: dict[str, dict]) -> None:

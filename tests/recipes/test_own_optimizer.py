@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, play, start_ranks
+from conftest import DEMO, ROOT, play
 from safetensors import safe_open
 
 from lars.run.reading import read_lines, read_result
@@ -89,16 +89,6 @@ def test_it_trains_resumes_and_is_sharded(
         assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)  # before the first update only rounding differs
         with safe_open(tmp_path / engine / "checkpoints/step-00000003/momentum.safetensors", "pt") as file:
             assert {name: file.get_slice(name).get_shape() for name in file.keys()} == shapes
-
-
-def test_a_rule_that_needs_whole_tensors_is_refused_where_an_engine_cuts_them(
-    recipe: Path, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
-    (recipe.parent / "model.py").write_text(LION.replace('slices = "elementwise"', 'slices = "refused"'))
-    keys = (f"run_dir={tmp_path / 'run'}", "schedule.warmup_lr=0.001", "max_steps=2")
-    ranks = start_ranks(2, recipe, *tiny, *keys, log=tmp_path / "log", where="zero2")
-    assert ranks.wait() == [2, 2]
-    assert "error: Lion needs whole tensors: train it with plain data parallel or DDP" in ranks.output
 
 
 def test_its_keys_are_listed(recipe: Path) -> None:
