@@ -75,11 +75,7 @@ class LAMB(LARS):
         return list(directions)
 
     def update(self, work: Work) -> None:
-        lr = work.group["lr"]
-        if work.ratios is None:
-            torch._foreach_sub_(work.params, work.grads, alpha=lr)
-        else:
-            torch._foreach_addcmul_(work.params, work.grads, work.scales(lr), value=-1)
+        work.add_scaled(work.params, work.grads, work.group["lr"], -1)
 
 
 @dataclass

@@ -41,10 +41,13 @@ class Work:
         for tensor, those in zip(tensors, (self.params, self.grads, self.velocities, self.squares)):
             those.append(tensor)
 
-    def scales(self, rate: float) -> list[Tensor]:
-        """The rate times the ratio of each tensor, in the tensor's dtype."""
-        assert self.ratios is not None
-        return [scale.to(v.dtype) for scale, v in zip((rate * self.ratios).unbind(), self.velocities)]
+    def add_scaled(self, targets: list[Tensor], tensors: list[Tensor], rate: float, share: float = 1.0) -> None:
+        """target <- target + share * rate * ratio * tensor, in place; ratios never leave the device."""
+        if self.ratios is None:
+            torch._foreach_add_(targets, tensors, alpha=rate * share)
+        else:
+            scales = [scale.to(t.dtype) for scale, t in zip((rate * self.ratios).unbind(), targets)]
+            torch._foreach_addcmul_(targets, tensors, scales, value=share)
 
 
 class LARS(Optimizer):
@@ -228,18 +231,12 @@ def _update_fused(work: Work) -> None:
 
 
 def _update_foreach(work: Work) -> None:
-    """The rule in place with torch's list operations: any device and dtype; ratios never leave the device."""
+    """The rule in place with torch's list operations: any device and dtype."""
     (inside, outside), decay = rates(work.group), work.group["weight_decay"]
     torch._foreach_mul_(work.velocities, work.group["momentum"])
-    if work.ratios is None:
-        torch._foreach_add_(work.velocities, work.grads, alpha=inside)
-        if decay:
-            torch._foreach_add_(work.velocities, work.params, alpha=inside * decay)
-    else:
-        scales = work.scales(inside)
-        torch._foreach_addcmul_(work.velocities, work.grads, scales)
-        if decay:
-            torch._foreach_addcmul_(work.velocities, work.params, scales, value=decay)
+    work.add_scaled(work.velocities, work.grads, inside)
+    if decay:
+        work.add_scaled(work.velocities, work.params, inside, decay)
     torch._foreach_sub_(work.params, work.velocities, alpha=outside)
 
 

@@ -25,15 +25,11 @@ class LARSOutside(LARS):
         return f"{super().rule_of(group)}, ratio outside" if group["adapt"] else super().rule_of(group)
 
     def update(self, work: Work) -> None:
-        decay, lr = work.group["weight_decay"], work.group["lr"]
         torch._foreach_mul_(work.velocities, work.group["momentum"])
         torch._foreach_add_(work.velocities, work.grads)
-        if decay:
+        if decay := work.group["weight_decay"]:
             torch._foreach_add_(work.velocities, work.params, alpha=decay)
-        if work.ratios is None:
-            torch._foreach_sub_(work.params, work.velocities, alpha=lr)
-        else:
-            torch._foreach_addcmul_(work.params, work.velocities, work.scales(lr), value=-1)
+        work.add_scaled(work.params, work.velocities, work.group["lr"], -1)
 
 
 @dataclass
