@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))  # for `recipes.train` and `recipes.alexnet.model`
 from lars.recipe.launched import environment_of  # noqa: E402
 
 
-def accelerate_line(processes: int) -> list[str]:
-    """`accelerate launch` for CPU processes, as far as the script."""
-    file = ROOT / "launch" / ("cpu-1.yaml" if processes == 1 else "cpu-2.yaml")
+def accelerate_line(processes: int, where: str = "") -> list[str]:
+    """`accelerate launch` for CPU processes or with the file `where` of launch/, as far as the script."""
+    file = ROOT / "launch" / f"{where or ('cpu-1' if processes == 1 else 'cpu-2')}.yaml"
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
     return [*accelerate, "--num_processes", str(processes)]
 

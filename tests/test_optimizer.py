@@ -33,6 +33,13 @@ def gradients(model: nn.Module, step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 3 - 2)
 
 
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, lr: float) -> None:
+    gradients(model, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
 def roundings(weights, velocities, old, errors, mode: str, lr: float) -> None:
     """Add to `errors` (of each velocity, of each weight; largest element) what float32 leaves in one `reference_step`.
 
@@ -87,10 +94,7 @@ def test_follows_the_equations_in_float64(
     velocities = [torch.zeros_like(w) for w in weights]
     errors = [[0.0] * len(weights), [0.0] * len(weights)]
     for step, lr in enumerate(RATES):
-        gradients(model, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        take_step(model, optimizer, step, lr)
         old = list(velocities)
         reference_step(
             weights, velocities, [p.grad for p in model.parameters()], lr, 0.9, 5e-3, 0.02, 1e-3, mode, caffe
@@ -117,10 +121,7 @@ def test_modes_differ_when_the_rate_changes() -> None:
         model = network()
         optimizer = LARS(model.parameters(), lr=1.0, momentum_mode=mode)
         for step, lr in enumerate(RATES):
-            gradients(model, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            take_step(model, optimizer, step, lr)
         ends.append(model[0].weight.detach().clone())
     assert (ends[0] - ends[1]).norm() > 0.01 * ends[0].norm()
 
@@ -133,10 +134,7 @@ def test_agrees_with_pytorch_optimizer() -> None:
     velocities, errors = [torch.zeros_like(w) for w in weights], [[0.0] * len(weights), [0.0] * len(weights)]
     for step, lr in enumerate(RATES):
         for model, optimizer in ((ours, a), (theirs, b)):
-            gradients(model, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            take_step(model, optimizer, step, lr)
         old = list(velocities)
         reference_step(weights, velocities, [p.grad for p in ours.parameters()], lr, 0.9, 1e-3, 0.01, 0.0, "torch")
         roundings(weights, velocities, old, errors, "torch", lr)

@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, play, start_ranks
+from conftest import ROOT, accelerate_line, play, start_ranks
 from distributed.parity import BUILT, RECIPE, bounds, differences, one_step, told, weights_after
 from safetensors.torch import load_file
 
@@ -207,17 +206,9 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_resumes(
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["zero0", "zero1", "zero2", "zero3", "fsdp2"])
 def test_the_launch_file_works_with_accelerate_launch(where: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    launch = [
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        f"launch/{where}.yaml",
-        "--num_processes",
-        "2",
-    ]
     train = ["recipes/train.py", "--config", str(RECIPE), *tiny, "max_steps=2", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run([sys.executable, *launch, *train], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [*accelerate_line(2, where), *train]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     result = read_result(tmp_path / "run")
     assert (result["status"], result["engine"], result["world_size"], result["steps"]) == ("finished", where, 2, 2)
@@ -278,6 +269,13 @@ def test_other_settings_of_a_launch_file_that_would_change_the_run_are_refused(
         assert words in capsys.readouterr().err
 
 
+def reproduced(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit status of `lars reproduce` in the repository's root, through which `make reproduce-*` goes."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["reproduce", *words])
+    return reproduce_main()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -296,11 +294,7 @@ def test_a_damaged_launch_file_is_one_line(
     text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "launch.yaml").write_text(text, encoding="latin-1")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "sys.argv", ["reproduce", "--launch", str(tmp_path / "launch.yaml"), str(DEMO / "resnet50.yaml")]
-    )
-    assert reproduce_main() == 2
+    assert reproduced(monkeypatch, "--launch", str(tmp_path / "launch.yaml"), str(RECIPE)) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and words in said, said
 
@@ -314,40 +308,23 @@ def test_a_launch_file_without_a_deepspeed_file_is_one_line(
     (tmp_path / "nested.json").write_text("[" * 100_000)
     text = f"num_processes: 2\ndistributed_type: DEEPSPEED\ndeepspeed_config: {section}"
     (tmp_path / "launch.yaml").write_text(text.replace("NESTED", str(tmp_path / "nested.json")))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "sys.argv", ["reproduce", "--launch", str(tmp_path / "launch.yaml"), str(DEMO / "resnet50.yaml")]
-    )
-    assert reproduce_main() == 2
+    assert reproduced(monkeypatch, "--launch", str(tmp_path / "launch.yaml"), str(RECIPE)) == 2
     why, then = capfd.readouterr().err.splitlines()
     assert words in why and why.startswith("error: ") and then.endswith("resnet50.yaml was not started")
 
 
 def test_a_launch_without_a_recipe_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["reproduce", "epochs=1"])
-    assert reproduce_main() == 2 and "no recipe is given" in capsys.readouterr().err
+    assert reproduced(monkeypatch, "epochs=1") == 2 and "no recipe is given" in capsys.readouterr().err
 
 
 def test_make_checks_a_launch_file_before_it_starts_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """`make reproduce-* LAUNCH=...` goes through `lars.commands.reproduce`."""
     (tmp_path / "bad.json").write_text(json.dumps({**ZERO2, "gradient_clipping": 1.0}))
     (tmp_path / "bad.yaml").write_text(
         (ROOT / "launch/zero2.yaml").read_text().replace("launch/zero2.json", str(tmp_path / "bad.json"))
     )
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "reproduce",
-            "--launch",
-            str(tmp_path / "bad.yaml"),
-            str(DEMO / "resnet50.yaml"),
-            f"run_dir={tmp_path / 'run'}",
-        ],
-    )
-    assert reproduce_main() == 2
+    words = ("--launch", str(tmp_path / "bad.yaml"), str(RECIPE), f"run_dir={tmp_path / 'run'}")
+    assert reproduced(monkeypatch, *words) == 2
     said = capfd.readouterr()
     assert '"gradient_clipping": 0.0' in said.err and "accelerate launch" not in said.out
