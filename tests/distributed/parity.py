@@ -91,7 +91,7 @@ def observe() -> None:
 
 
 def take_timm() -> None:
-    """In each rank: timm's LARS as its users have it, unbound, and without momentum from a checkpoint."""
+    """In each rank: timm's LARS or LAMB as its users have it, unbound, and without momentum from a checkpoint."""
     import timm.optim
 
     from lars.engine.base import Engine
@@ -101,15 +101,10 @@ def take_timm() -> None:
 
     def build(recipe: config.Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
         keys = recipe.optimizer
-        return timm.optim.create_optimizer_v2(
-            model, "lars", lr=keys.lr, momentum=keys.momentum, weight_decay=keys.weight_decay
-        )
+        own = {"momentum": keys.momentum} if keys.name == "lars" else {"max_grad_norm": None}
+        return timm.optim.create_optimizer_v2(model, keys.name, lr=keys.lr, weight_decay=keys.weight_decay, **own)
 
-    train.build_optimizer, train.bind, train.group_table = (
-        build,
-        lambda model, optimizer: None,
-        lambda model, optimizer: "",
-    )
+    train.build_optimizer, train.bind, train.group_table = build, lambda *_: None, lambda *_: ""
     scores = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0}
     train.evaluate = lambda *_: Evaluation(scores)  # its weights may be past evaluating
     for kind in (Engine, DeepSpeed):

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import timm.optim
 import torch
 from conftest import ROOT, play, start_ranks
-from distributed.parity import RECIPE, engine_keys, weights_after
+from distributed.parity import RECIPE, engine_keys, take_timm, weights_after
 from safetensors.torch import load_file
 
 from lars.recipe.launched import environment_of
@@ -115,23 +114,6 @@ def test_a_step_is_the_same_on_every_engine(rule: str, tiny: tuple[str, ...], tm
             load_file(r / "checkpoints/step-00000003/momentum.safetensors") for r in (tmp_path / engine, control)
         )
         assert {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in wanted.items()}
-
-
-def take_timm() -> None:
-    """In each rank: timm's LAMB as its users have it."""
-    from lars.engine.base import Engine
-    from lars.engine.deepspeed import DeepSpeed
-    from recipes import train
-
-    def build(recipe, model):
-        keys = recipe.optimizer
-        groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}]
-        groups.append({"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0})
-        return timm.optim.Lamb(groups, lr=keys.lr, weight_decay=keys.weight_decay, max_grad_norm=None)
-
-    train.build_optimizer, train.bind, train.group_table = build, lambda *_: None, lambda *_: ""
-    for kind in (Engine, DeepSpeed):
-        kind.momentum, kind.load_momentum, kind.trust_ratios = lambda s: {}, lambda s, saved: None, lambda s: {}
 
 
 @pytest.mark.long
