@@ -30,6 +30,16 @@ _UNKNOWN, _MUTE = 30, 60  # seconds until a name is known, and until something t
 _FIRST_MEETING = timedelta(minutes=30)  # until all processes have started, and for an exchange that nobody ends
 
 
+def compile_nothing() -> None:
+    """Before DeepSpeed starts on CPUs: leave out the sum that it has for inference.
+
+    It would be compiled first, for a minute, and keeps 64 MiB of shared memory for each process when they have ended.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Peers:
     """The processes of a run, and what they tell each other; on the CPU, so that nobody waits for a GPU."""
 
@@ -59,6 +69,7 @@ class Peers:
             backend = "gloo" if uses_cpu() else "nccl"  # named, or accelerate finds none on a CPU
             if uses_deepspeed() and uses_cpu():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+                compile_nothing()
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the engine pins the threads
             PartialState(cpu=uses_cpu() and not uses_deepspeed(), backend=backend, timeout=_FIRST_MEETING)
             del store

@@ -18,6 +18,7 @@ from torch import nn
 
 import lars
 import lars.optim.sharding
+from lars.run.peers import compile_nothing
 
 STEPS, BATCH = 3, 24
 RATES = (4.0, 8.0, 2.0)
@@ -193,6 +194,7 @@ def stage(number: int, **how) -> Play:
 
 def _deepspeed(rank: int, world: int, play: Play) -> dict:
     """Rank 0's answer counts: the weights after each step, the engine's type, LARS's all-reduces in a step."""
+    compile_nothing()
     import deepspeed
 
     net, bf16 = model(play.kind), "bf16" in play.more
@@ -299,12 +301,6 @@ def _rank(rank: int, world: int, port: int, engine: Callable[[int, int, Play], d
     dist.destroy_process_group()
 
 
-def remove_shared_memory(port: int) -> None:
-    """64 MiB a process that DeepSpeed's own all-reduce leaves behind; a few suites of it fill a machine's memory."""
-    for left in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
-        left.unlink(missing_ok=True)
-
-
 def run(engine: Callable[[int, int, Play], dict], world: int, tmp_path: Path, *plays: Play) -> list[dict]:
     """What processes answer that play one after the other: to start them takes longer than to play."""
     port = free_port()
@@ -314,7 +310,6 @@ def run(engine: Callable[[int, int, Play], dict], world: int, tmp_path: Path, *p
         rank.start()
     for rank in ranks:
         rank.join(480)
-    remove_shared_memory(port)
     assert [rank.exitcode for rank in ranks] == [0] * world
     return torch.load(out)
 
@@ -531,7 +526,8 @@ def test_deepspeed_without_accelerate_needs_torch_deepspeed_and_this_package(tmp
         for r in range(2)
     ]
     printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-    remove_shared_memory(port)
+    for left in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
+        left.unlink(missing_ok=True)  # 64 MiB a process
     assert all("EXACT" in text for text in printed), printed
 
 
