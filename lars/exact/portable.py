@@ -35,8 +35,10 @@ def set_variables() -> None:
 
 def excluded() -> str | None:
     """Why no process that is started from this one can be portable on the CPU; None if it can. Imports no torch."""
-    if lacking := _cpu_lacks():
-        return lacking
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"this CPU is {platform.machine()}, not x86-64"
+    if missing := [flag for flag in _NEEDED if flag not in cpu()[1].split()]:
+        return f"this CPU does not tell that it has {' and '.join(missing)}"
     for name, value in VARIABLES.items():
         if os.environ.get(name, value) != value:
             return f"{name}={os.environ[name]} is set"
@@ -74,10 +76,3 @@ def cpu() -> tuple[str, str]:
     first = {key.strip(): value.strip() for key, _, value in reversed(lines)}
     flags = sorted(flag for flag in first.get("flags", "").split() if flag.startswith(_DISPATCHED))
     return first.get("model name", platform.machine()), " ".join(flags)
-
-
-def _cpu_lacks() -> str | None:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"this CPU is {platform.machine()}, not x86-64"
-    missing = [flag for flag in _NEEDED if flag not in cpu()[1].split()]
-    return f"this CPU does not tell that it has {' and '.join(missing)}" if missing else None
