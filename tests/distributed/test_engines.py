@@ -15,6 +15,7 @@ from distributed.parity import BUILT, RECIPE, bounds, differences, one_step, tol
 from safetensors.torch import load_file
 
 from lars.commands.reproduce import main as reproduce_main
+from lars.recipe.launched import environment_of
 from lars.run.folder import weights_sha256
 from lars.run.reading import read_lines, read_result
 from recipes.train import main
@@ -304,14 +305,16 @@ def test_a_damaged_launch_file_is_one_line(
     ("section", "words"), [("", "no deepspeed_config_file"), ("{deepspeed_config_file: NESTED}", "cannot be read from")]
 )
 def test_a_launch_file_without_a_deepspeed_file_is_one_line(
-    section: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    section: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "nested.json").write_text("[" * 100_000)
     text = f"num_processes: 2\ndistributed_type: DEEPSPEED\ndeepspeed_config: {section}"
     (tmp_path / "launch.yaml").write_text(text.replace("NESTED", str(tmp_path / "nested.json")))
-    assert reproduced(monkeypatch, "--launch", str(tmp_path / "launch.yaml"), str(RECIPE)) == 2
-    why, then = capfd.readouterr().err.splitlines()
-    assert words in why and why.startswith("error: ") and then.endswith("resnet50.yaml was not started")
+    for name, value in environment_of(tmp_path / "launch.yaml").items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", str(RECIPE), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said, said
 
 
 def test_a_launch_without_a_recipe_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -328,4 +331,6 @@ def test_make_checks_a_launch_file_before_it_starts_anything(
     words = ("--launch", str(tmp_path / "bad.yaml"), str(RECIPE), f"run_dir={tmp_path / 'run'}")
     assert reproduced(monkeypatch, *words) == 2
     said = capfd.readouterr()
-    assert '"gradient_clipping": 0.0' in said.err and "accelerate launch" not in said.out
+    why, then = said.err.splitlines()
+    assert why.startswith("error: ") and '"gradient_clipping": 0.0' in why
+    assert then.endswith("resnet50.yaml was not started") and "accelerate launch" not in said.out
