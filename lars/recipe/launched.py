@@ -162,7 +162,7 @@ def read_launch(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"launch file {file} cannot be read: {one_line(error)}") from None
     sections = ("deepspeed_config", "fsdp_config")
-    if not isinstance(written, dict) or not all(isinstance(written.get(key) or {}, dict) for key in sections):
+    if not isinstance(written, dict) or not all(isinstance(written.get(key), dict | None) for key in sections):
         raise RecipeError(f"{file} is no launch file: write one as launch/cpu-2.yaml")
     return written
 
@@ -198,7 +198,12 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
         unknown = sorted(key for key in set(section) - set(allowed) if not _is_off(section[key]))
         if unknown:
             meant = did_you_mean(unknown[0], allowed)
-            raise RecipeError(f"DeepSpeed's {unknown[0]!r} may change the run: remove it from the JSON{meant}")
+            if unknown[0] in ("bf16", "data_types"):
+                meant = ", and give precision=bf16 if you want bf16"
+            raise RecipeError(
+                f"DeepSpeed's {unknown[0]!r} may change the run, which the recipe alone decides: remove it from the "
+                f"JSON{meant}"
+            )
     if config.get("gradient_clipping") != 0:
         raise RecipeError('the DeepSpeed JSON must say "gradient_clipping": 0.0: without it accelerate clips at 1.0')
     if config.get("communication_data_type", "fp32") != "fp32":

@@ -44,7 +44,9 @@ def check(recipe: Recipe, flat: dict[str, Any]) -> None:
     if augment.scale[1] > 1:
         raise RecipeError(f"augment.scale={augment.scale}: a crop has at most the area of its image, 1.0")
     if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
-        raise RecipeError("augment.mean and augment.std are three numbers each (red, green, blue), std positive")
+        raise RecipeError(
+            "augment.mean and augment.std must be three numbers each (red, green, blue in 0 ... 255), std positive"
+        )
     remedy = "pixels of 0 ... 255: multiply values of 0 ... 1 by 255"
     if not 0 <= min(augment.mean) <= max(augment.mean) <= 255 or 0 < max(augment.mean) <= 1:
         raise RecipeError(f"augment.mean={augment.mean} is subtracted from {remedy}")

@@ -236,7 +236,7 @@ ZERO2 = json.loads((ROOT / "launch/zero2.json").read_text())
         ({"bf16": True}, ["'bf16'"]),
         ({"data_types": ["fp32"]}, ["'data_types'"]),
         ({"fp16": {"enabled": True}}, ["'fp16'"]),
-        ({"bf16": {"enabled": True}}, ["'bf16'", "the recipe alone decides"]),
+        ({"bf16": {"enabled": True}}, ["'bf16'", "the recipe alone decides", "give precision=bf16"]),
         ({"communication_data_type": "bf16"}, ["communication_data_type must be fp32"]),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["'data_types'"]),
     ],
