@@ -18,10 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from tqdm import tqdm
 
 from lars.data.image_folder import SPLITS
-from lars.data.packing import UNFINISHED, Job, Shrink, begin_worker, content_of, finish, rows_of
+from lars.data.packing import UNFINISHED, Job, Shrink, begin_worker, content_of, finish, rows_of, times_of
 from lars.recipe.refusal import RecipeError
 
 FORM = 2  # of OUT; 1 had neither page checksums nor content.json, and its unfinished work stood beside the files
@@ -70,14 +71,17 @@ def still_to_write(jobs: list[Job], identity: dict[str, Any], out: Path) -> tupl
     """The files that are still to be written, and the content of those that are not.
 
     Raises:
-        RecipeError: OUT was begun from another source or with other options, or holds files that no conversion wrote.
+        RecipeError: OUT was begun from another source or with other options, or holds files that no conversion wrote,
+            or that were made of other images.
     """
     before = begun(out)
     if not before:
         return jobs, {}
     content = _read(out / "content.json").get("files") if (out / "content.json").exists() else {}
     entries = content.values() if isinstance(content, dict) else [None]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("undecodable", []), list) for entry in entries):
+    kinds = (("undecodable", list), ("originals", dict))
+    good = [isinstance(e, dict) and all(isinstance(e.get(key, kind()), kind) for key, kind in kinds) for e in entries]
+    if not all(good):
         raise RecipeError(f"{out / 'content.json'} is not what lars convert wrote: {_REMEDY}")
     for key in {**identity, **before}:
         if key in ("states", "form", "writer") or before.get(key) == identity.get(key):
@@ -96,10 +100,32 @@ def still_to_write(jobs: list[Job], identity: dict[str, Any], out: Path) -> tupl
             left.append(job)
         elif job.name not in content:
             content[job.name] = content_of(out / job.name)
+        if job.rows and job not in left:
+            entry = content[job.name]
+            entry["originals"] = _compared(job, entry.get("originals", {}), out)
     if left and before.get("writer") != identity["writer"]:
         was = before.get("writer") or "an older version of lars convert"
         raise RecipeError(f"{out} was begun with {was}; {identity['writer']} may write other bytes: {_REMEDY}")
     return left, content
+
+
+def _compared(job: Job, then: dict[str, str], out: Path) -> dict[str, str]:
+    """What a file in OUT was made of; its images are only read where their times are not those of `then`.
+
+    A conversion of before times were recorded has no `then`, and counts as made of the images that are there now.
+    """
+    if then.get("times") == (times := times_of(job.rows)):
+        return then
+    digest = blake3()
+    for row in tqdm(job.rows, desc=f"compare {job.name}", unit=" images", disable=None, leave=False):
+        digest.update(row.read())
+    if then and then.get("blake3") != digest.hexdigest():
+        newest = max(job.rows, key=lambda row: row.time).place
+        raise RecipeError(
+            f"{out / job.name} was made of other images than are there now (the one that changed last is {newest}): "
+            f"put them back, or {_REMEDY}"
+        )
+    return {"times": times, "blake3": digest.hexdigest()}
 
 
 def carry_out(left: list[Job], done: int, out: Path, place: Callable[..., None], shrink: Shrink, workers: int) -> None:

@@ -87,7 +87,8 @@ def _members(
 
     Python's `tarfile` takes whatever is no header for the end. So the end must be one: some zeros up to `stop`.
     """
-    stop = os.path.getsize(tar) if stop is None else stop
+    about = os.stat(tar)
+    stop = about.st_size if stop is None else stop
     with open(tar, "rb") as stream:
         stream.seek(start)
         members, end = [], start
@@ -129,7 +130,7 @@ def _members(
         elif name in found:
             raise RecipeError(f"{tar} holds {name} twice: fetch it again")
         else:
-            found[name] = Row(str(tar), *place, name, -1)
+            found[name] = Row(str(tar), *place, name, -1, about.st_mtime_ns)
     return list(found.values())
 
 

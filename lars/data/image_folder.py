@@ -122,7 +122,8 @@ def _images_in(top: Path, label: int, left_out: Counter[str]) -> Iterator[Row]:
             elif not entry.is_file(follow_symlinks=False):
                 raise RecipeError(f"{entry.path} is called an image and is no regular file: remove it")
             else:
-                yield Row(entry.path, 0, entry.stat(follow_symlinks=False).st_size, entry.name, label)
+                about = entry.stat(follow_symlinks=False)
+                yield Row(entry.path, 0, about.st_size, entry.name, label, about.st_mtime_ns)
 
 
 def _refuse_link(path: Path | str, link: bool) -> None:

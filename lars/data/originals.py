@@ -10,6 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from lars.data.decode import MAX_BYTES
+from lars.data.source import DataError
 from lars.recipe.refusal import RecipeError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
@@ -21,6 +22,20 @@ class Row(NamedTuple):
     size: int
     name: str
     label: int
+    time: int  # of the last change of that file, in ns
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            DataError: there are fewer than when it was listed.
+        """
+        with open(self.place, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise DataError(f"{self.place} has become shorter")
+        return data
 
 
 class Originals(NamedTuple):

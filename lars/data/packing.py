@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 
 from lars.data.content import row_group_hash
 from lars.data.decode import BadImage, Encoded
@@ -38,7 +39,7 @@ ROW_GROUP = 100  # rows, as on the Hub
 UNFINISHED = ".convert"  # the folder in OUT for unfinished work; `datasets` reads no hidden one
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Shrink = Callable[[bytes | None], bytes] | None  # what is done to every image; raises BadImage
-Finished = tuple[Path, list[str]]  # a file among the unfinished work, and its images' names that cannot be decoded
+Finished = tuple[Path, dict[str, Any]]  # a file among the unfinished work, and what content.json says beside its hashes
 
 
 class Job(NamedTuple):
@@ -47,6 +48,7 @@ class Job(NamedTuple):
     amount: int  # of what the progress counts: images, or bytes of a copy
     part: Path | None  # of a copy: what has come so far
     write: Callable[[Shrink], Finished]
+    rows: Sequence[Row] = ()  # the images that it is made of
 
 
 def packs(out: Path, found: Originals, file_mb: int) -> tuple[list[Job], dict[str, Any]]:
@@ -66,7 +68,7 @@ def packs(out: Path, found: Originals, file_mb: int) -> tuple[list[Job], dict[st
             first, last = (k * groups // files * ROW_GROUP for k in (n, n + 1))
             name, its = f"{split}-{n:05d}-of-{files:05d}.parquet", rows[first:last]
             write = partial(_pack, out / UNFINISHED / f"{split}.{name}.tmp", its, found.classes)
-            jobs.append(Job(split, name, len(its), None, write))
+            jobs.append(Job(split, name, len(its), None, write, its))
     return jobs, {"file_mb": file_mb, "images": sum(map(len, found.images.values())), "list": digest.hexdigest()}
 
 
@@ -105,8 +107,13 @@ def _check_whole(files: list[str]) -> None:
 
 def finish(job: Job, shrink: Shrink) -> tuple[Path, dict[str, Any]]:
     """Write the file of a job among the unfinished work; where it is, and its entry of content.json."""
-    file, undecodable = job.write(shrink)
-    return file, content_of(file) | ({"undecodable": undecodable} if undecodable else {})
+    file, told = job.write(shrink)
+    return file, content_of(file) | {key: value for key, value in told.items() if value}
+
+
+def times_of(rows: Sequence[Row]) -> str:
+    """SHA-256 of when the files that hold these images were changed last."""
+    return hashlib.sha256(json.dumps([row.time for row in rows]).encode()).hexdigest()
 
 
 def _pack(target: Path, rows: list[Row], classes: list[str], shrink: Shrink) -> Finished:
@@ -115,21 +122,20 @@ def _pack(target: Path, rows: list[Row], classes: list[str], shrink: Shrink) -> 
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", _IMAGE), ("label", pa.int64())], metadata)
     bad: list[str] = []
+    digest = blake3()
 
     def table(rows: list[Row]) -> pa.Table:
         images = []
         for row in rows:
-            with open(row.place, "rb") as file:
-                file.seek(row.offset)
-                images.append({"bytes": file.read(row.size), "path": row.name})
-            if len(images[-1]["bytes"]) != row.size:
-                raise DataError(f"{row.place} has become shorter")
+            images.append({"bytes": row.read(), "path": row.name})
+            digest.update(images[-1]["bytes"])
         bad.extend(_change(images, shrink or _checked))
         _advance(len(rows))
         return pa.table([pa.array(images, _IMAGE), pa.array([row.label for row in rows], pa.int64())], schema=schema)
 
     _write(target, schema, (table(rows[start : start + ROW_GROUP]) for start in range(0, len(rows), ROW_GROUP)))
-    return target, bad
+    originals = {"times": times_of(rows), "blake3": digest.hexdigest()}
+    return target, {"originals": originals, "undecodable": bad}
 
 
 def _copy(part: Path, original: str, state: str, shrink: Shrink) -> Finished:
@@ -150,7 +156,7 @@ def _copy(part: Path, original: str, state: str, shrink: Shrink) -> Finished:
         part.unlink()
         raise DataError(f"{os.path.basename(original)} came damaged, or has changed while it was copied")
     if not shrink:
-        return part, []
+        return part, {}
     target, bad = part.with_suffix(".tmp"), []
 
     def table(whole: pq.ParquetFile, group: int) -> pa.Table:
@@ -164,7 +170,7 @@ def _copy(part: Path, original: str, state: str, shrink: Shrink) -> Finished:
 
     with pq.ParquetFile(part) as whole:
         _write(target, whole.schema_arrow, (table(whole, group) for group in range(whole.num_row_groups)))
-    return target, bad
+    return target, {"undecodable": bad}
 
 
 def _change(images: list[dict[str, Any] | None], change: Callable[[bytes | None], bytes | None]) -> list[str]:

@@ -27,6 +27,7 @@ from promises import promised
 from test_convert import WNIDS, content, image, refusal, tar_of, write_devkit
 
 from lars.commands.convert import main
+from lars.data.originals import Row
 from lars.run.lock import RunLock
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -192,6 +193,64 @@ def test_images_without_a_header_are_named(folder: Path, out: Path, capsys) -> N
     entries = json.loads((out / "content.json").read_text())["files"]
     assert sorted(entries[PARQUET[0]]["undecodable"]) == ["damaged\n.jpg", "empty.jpg"]
     assert entries[PARQUET[1]]["undecodable"] == ["text.jpg"] and len(rows(out)["train"]) == 8
+
+
+def swapped(file: Path) -> None:
+    """Another picture of the same size in its place, and the time of the first one."""
+    then, data = file.stat().st_mtime_ns, bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.with_name("other").write_bytes(data)
+    os.replace(file.with_name("other"), file)
+    os.utime(file, ns=(then - 1, then - 1))
+
+
+def changed(file: Path) -> None:
+    """A picture that was edited where it is."""
+    then, data = file.stat().st_mtime_ns, bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(then + 1, then + 1))
+
+
+@promised(
+    "lars convert: image folders",
+    ("an image that is changed in place after it was packed, its size unchanged", "refused at the next start", changed),
+    ("an image of the same size, and older, in the place of one that was packed", "refused likewise", swapped),
+    arguments="change",
+)
+@pytest.mark.parametrize("resize", [(), ("--resize", "20")])
+def test_an_image_that_changes_after_it_was_packed(
+    change: Callable, resize: tuple[str, ...], folder: Path, out: Path, capsys
+) -> None:
+    assert main([str(folder), str(out), *resize]) == 0
+    before = untouched(out)
+    change(folder / "train/dog/train1.jpg")
+    for _ in range(2):
+        line = refusal(capsys, str(folder), str(out), *resize)
+        assert f"{PARQUET[0]} was made of other images" in line and "remove" in line
+        assert untouched(out) == before
+
+
+@promised(
+    "lars convert: image folders",
+    (
+        "images with other times and the same bytes, as a copy of the folder has them",
+        "compared once with what was packed, which stays as it is",
+    ),
+)
+def test_images_that_were_only_touched(folder: Path, out: Path, monkeypatch) -> None:
+    assert main([str(folder), str(out), "--resize", "20"]) == 0
+    files, reads = content(out), []
+    read = Row.read
+    monkeypatch.setattr(Row, "read", lambda row: (reads.append(row.name), read(row))[1])
+    assert main([str(folder), str(out), "--resize", "20"]) == 0 and not reads
+    for picture in (folder / "val").rglob("*.jpg"):
+        os.utime(picture, ns=(1, 1))
+    for _ in range(2):
+        assert main([str(folder), str(out), "--resize", "20"]) == 0
+        assert sorted(reads) == ["val0.jpg", "val0.jpg"] and content(out) == files
+    (folder / "val/cat/val0.jpg").write_bytes((folder / "val/cat/val0.jpg").read_bytes()[::-1])
+    assert main([str(folder), str(out), "--resize", "20"]) == 2
 
 
 # ---- what tars hold
@@ -719,7 +778,7 @@ def test_other_files_in_a_conversion(words: str, folder: Path, out: Path, capsys
     assert main([str(folder), str(out)]) == 0
     whole = json.loads((out / "content.json").read_text())
     one = {"files": {name: entry for name, entry in whole["files"].items() if name != PARQUET[1]}}
-    entries = [{"files": []}, {"files": {PARQUET[0]: 3}}, {"files": {PARQUET[0]: {"undecodable": 3}}}]
+    entries = [{"files": []}, *({"files": {PARQUET[0]: e}} for e in (3, {"undecodable": 3}, {"originals": []}))]
     bad = [one] if "did not" in words else ["x", [], *entries]
     for found in bad:
         (out / "content.json").write_text(json.dumps(found))
@@ -796,6 +855,22 @@ def test_a_complete_older_conversion_gets_its_hashes(folder: Path, out: Path) ->
 
 @promised(
     "lars convert: conversions of before",
+    ("a conversion of images whose times were not recorded", "stays valid, and changes are noticed from then on"),
+)
+def test_a_conversion_without_times_gets_them(folder: Path, out: Path, capsys) -> None:
+    assert main([str(folder), str(out)]) == 0
+    hashes = json.loads((out / "content.json").read_text())
+    for entry in hashes["files"].values():
+        del entry["originals"]
+    (out / "content.json").write_text(json.dumps(hashes))
+    files = content(out)
+    assert main([str(folder), str(out)]) == 0 and content(out) == files
+    changed(folder / "train/cat/train0.jpg")
+    assert "was made of other images" in refusal(capsys, str(folder), str(out))
+
+
+@promised(
+    "lars convert: conversions of before",
     (
         "an unfinished conversion of images by an older version, or by another pyarrow",
         "refused, nothing is touched: its files would not be the same to the byte",
@@ -864,6 +939,8 @@ def test_the_content_of_every_file_is_recorded(folder: Path, originals: Path, ou
     for source, target in ((folder, out), (originals, tmp_path / "copied")):
         assert main([str(source), str(target)]) == 0
         entries = json.loads((target / "content.json").read_text())["files"]
+        originals_told = [entry.pop("originals", None) for entry in entries.values()]  # of images
+        assert all(originals_told) == any(originals_told) == (source == folder)
         assert entries == {name: expected(target / name) for name in PARQUET}
         loaded = datasets.load_dataset(str(target), cache_dir=str(tmp_path / "cache"))
         assert {split: loaded[split].num_rows for split in loaded} == {
