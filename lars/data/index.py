@@ -240,21 +240,24 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
 
 
 def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:
-    """What a folder's `content.json`, from `lars.commands.convert`, says of its row groups; "" where it is silent.
+    """What a folder's `content.json`, from `lars convert`, says of its row groups; "" of files that it does not name.
 
     Raises:
         RecipeError: it is no such file, or of other row groups.
     """
-    declared, beside = [], Path(root) / "content.json"
-    for name, file in zip(names, described):
-        try:
-            said = (
-                json.loads(beside.read_text())["files"].get(os.path.relpath(name, root)) if beside.is_file() else None
-            )
-            hashes = ["" for _ in file.groups] if said is None else list(map(str.lower, said["row_groups_blake3"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            remedy = "remove it, or make it again with `lars convert`"
-            raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
+    beside, declared = Path(root) / "content.json", []
+    if not beside.is_file():
+        return ()
+    try:
+        files = json.loads(beside.read_text())["files"]
+        told = [files.get(os.path.relpath(name, root)) for name in names]
+        known = [None if entry is None else list(map(str.lower, entry["row_groups_blake3"])) for entry in told]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "remove it, or make it again with `lars convert`"
+        raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
+    for name, file, hashes in zip(names, described, known):
+        if hashes is None:
+            hashes = ["" for _ in file.groups]
         if len(hashes) != len(file.groups):
             groups = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}"
             raise RecipeError(f"{beside} has {groups}: it is of another file")

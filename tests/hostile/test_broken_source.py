@@ -296,6 +296,18 @@ def test_a_damaged_content_file(text: str, words: str, tmp_path: Path) -> None:
         build_indexes(load(tmp_path / "data").data, 10)
 
 
+def test_a_content_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ImageNet's size it has a megabyte, and there are 294 files."""
+    write(tmp_path / "data")
+    for number in (1, 2):
+        shutil.copy(tmp_path / "data/train-0.parquet", tmp_path / f"data/train-{number}.parquet")
+    recipe, read, reads = load(declare(tmp_path / "data")), json.loads, []
+    monkeypatch.setattr(json, "loads", lambda text: (reads.append(text), read(text))[1])
+    (train,) = build_indexes(recipe.data, 10, ("train",))
+    assert len(train.declared) == 6 and all(train.declared)
+    assert reads.count((tmp_path / "data/content.json").read_text()) == 1
+
+
 @promised("Data", ("a page whose bytes do not fit its checksum", "the run stops and names the row group"))
 def test_page_checksums_are_verified(tmp_path: Path) -> None:
     recipe = load(write(tmp_path / "data", write_page_checksum=True))
