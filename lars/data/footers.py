@@ -1,25 +1,16 @@
-"""What Parquet footers say: where the bytes of row groups lie, what they take in memory, which labels they hold.
-
-pyarrow ends its whole process on some damaged footers, and on encrypted columns.
-So a child looks at them, and what kills it is told in one line.
-"""
+"""What Parquet footers say: where the bytes of row groups lie, what they take in memory, which labels they hold."""
 
 from __future__ import annotations
 
-import faulthandler
 import hashlib
 import io
-import os
-import pickle
-import resource
-import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lars.data.forked import fork
+from lars.data.forked import from_a_child
 from lars.data.source import Source
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
@@ -35,11 +26,6 @@ class Group(NamedTuple):
     span: tuple[int, int]  # first byte and end of the image and label columns
     memory: int  # bytes that its images and labels take, unpacked
     labels: tuple[int, int] | None  # smallest and largest, if the footer tells
-
-
-class File(NamedTuple):
-    rows: int
-    groups: list[Group]
 
 
 class Footer(NamedTuple):
@@ -80,45 +66,25 @@ def parse_footer(name: str, raw: bytes) -> pq.FileMetaData:
     return metadata
 
 
-def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[str], data: Data) -> list[File]:
-    """What the footers of these files say, read in a child of this process.
+def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[str], data: Data) -> list[list[Group]]:
+    """The row groups of each of these files, as their footers say; a child of this process reads them.
 
     Raises:
         RecipeError: one is damaged, or not of images and class numbers.
     """
-    inlet, outlet = os.pipe()
 
-    def look() -> None:
-        # What C++ says when it aborts helps nobody, nor does a core file.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        faulthandler.disable()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with os.fdopen(outlet, "wb") as stream:
-            for name, raw, state in zip(names, footers, states):
-                try:
-                    said: File | RecipeError = _describe(name, raw, int(state.split()[0]), data)
-                except RecipeError as error:
-                    said = error
-                except Exception as error:  # whatever else pyarrow raises is about the file too
-                    said = RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}")
-                pickle.dump(said, stream)
-                stream.flush()
+    def told() -> Iterator[list[Group]]:
+        for name, raw, state in zip(names, footers, states):
+            try:
+                yield _describe(name, raw, int(state.split()[0]), data)
+            except RecipeError:
+                raise
+            except Exception as error:  # whatever else pyarrow raises is about the file too
+                raise RecipeError(f"{name} is not a readable Parquet file: {one_line(error)}") from None
 
-    child = fork(look)
-    os.close(outlet)
-    found: list[File | RecipeError] = []
-    with os.fdopen(inlet, "rb") as stream:
-        try:
-            while len(found) < len(names) and not isinstance((found or [None])[-1], RecipeError):
-                found.append(pickle.load(stream))  # written by our own child
-        except (EOFError, pickle.UnpicklingError):
-            found.append(
-                RecipeError(f"{names[len(found)]} is not a readable Parquet file: pyarrow breaks down over its footer")
-            )
-    os.kill(child, signal.SIGKILL)  # it is not waited for longer than it is asked
-    os.waitpid(child, 0)
-    if isinstance(found[-1], RecipeError):
-        raise found[-1]
+    found = from_a_child(told())
+    if len(found) < len(names):
+        raise RecipeError(f"{names[len(found)]} is not a readable Parquet file: pyarrow breaks down over its footer")
     return found
 
 
@@ -149,7 +115,7 @@ def has_dictionary(group: pq.RowGroupMetaData, column: str) -> bool:
     )
 
 
-def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
+def _describe(name: str, raw: bytes, size: int, data: Data) -> list[Group]:
     metadata = parse_footer(name, raw)
     _check_columns(name, metadata.schema.to_arrow_schema(), data)
     groups = []
@@ -171,7 +137,7 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> File:
         groups.append(Group(group.num_rows, span, memory, labels))
     if sum(group.rows for group in groups) != metadata.num_rows:
         raise RecipeError(f"{name} is damaged: its row groups do not add up to its {metadata.num_rows:,} rows")
-    return File(metadata.num_rows, groups)
+    return groups
 
 
 def missing_labels(name: str, group: int, count: int) -> str:

@@ -10,9 +10,9 @@ import io
 import os
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from lars.data.forked import from_a_child
 from lars.data.originals import ENDINGS, Originals, Row, ending
 from lars.recipe.refusal import RecipeError, one_line
 
@@ -142,14 +142,9 @@ def _validation_wnids(folder: Path, listed: Path | None, names: list[str]) -> di
         raise RecipeError(
             f"no validation labels: put {DEVKIT} beside {TARS['validation']}, or give --val-labels LOC_val_solution.csv"
         )
-    try:
-        with ProcessPoolExecutor(1) as pool:  # scipy's reader can end the process that reads damaged bytes
-            labels = pool.submit(_devkit_wnids, folder / DEVKIT).result()
-    except ImportError:
-        raise RecipeError(f"{DEVKIT} holds a MATLAB file, and reading it needs scipy: pip install scipy") from None
-    except Exception as error:  # scipy, zlib and tarfile raise many classes for them
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise RecipeError(f"{folder / DEVKIT} is damaged ({why}): fetch it again") from None
+    if not (found := from_a_child(map(_devkit_wnids, [folder / DEVKIT]))):
+        raise RecipeError(f"{folder / DEVKIT} is damaged (scipy breaks down over it): fetch it again")
+    (labels,) = found
     if len(labels) != len(names):
         raise RecipeError(
             f"{DEVKIT} has {len(labels):,} labels, {TARS['validation']} has {len(names):,} images: fetch both again"
@@ -159,17 +154,23 @@ def _validation_wnids(folder: Path, listed: Path | None, names: list[str]) -> di
 
 def _devkit_wnids(devkit: Path) -> list[str]:
     """The wnids of the validation images in their order."""
-    from scipy.io import loadmat
-
-    with tarfile.open(devkit) as archive:
-        members = {PurePosixPath(m.name).name: m for m in archive if m.isreg() and "/data/" in m.name}
-        files = [members[name] for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")]
-        if any(member.size > _DEVKIT_BYTES for member in files):
-            raise ValueError(f"more than {_DEVKIT_BYTES:,} bytes in a file")
-        meta, truth = (archive.extractfile(member).read() for member in files)
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
-    return [wnid[int(number)] for number in truth.split()]
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise RecipeError(f"{DEVKIT} holds a MATLAB file, and reading it needs scipy: pip install scipy") from None
+    try:
+        with tarfile.open(devkit) as archive:
+            members = {PurePosixPath(m.name).name: m for m in archive if m.isreg() and "/data/" in m.name}
+            files = [members[name] for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")]
+            if any(member.size > _DEVKIT_BYTES for member in files):
+                raise ValueError(f"more than {_DEVKIT_BYTES:,} bytes in a file")
+            meta, truth = (archive.extractfile(member).read() for member in files)
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+        return [wnid[int(number)] for number in truth.split()]
+    except Exception as error:  # scipy, zlib and tarfile raise many classes for damaged bytes
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise RecipeError(f"{devkit} is damaged ({why}): fetch it again") from None
 
 
 def _listed_wnids(file: Path) -> dict[str, str]:

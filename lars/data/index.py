@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lars.data.content import Content
-from lars.data.footers import File, Footer, check_label_range, describe, read_footer
+from lars.data.footers import Footer, Group, check_label_range, describe, read_footer
 from lars.data.image_folder import is_whole, packed_beside
 from lars.data.source import DataError, Source, causes
 from lars.recipe.keys import Data
@@ -107,7 +107,8 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
         raise RecipeError(str(error)) from None
     for file, (raw, there) in enumerate(zip(footers, index.footers)):
         if (here := Footer.of(raw)) != there:
-            ours = describe([names[file]], [raw], [states[file]], data)[0].rows, here
+            (groups,) = describe([names[file]], [raw], [states[file]], data)
+            ours = sum(group.rows for group in groups), here
             theirs = int(index.rows[index.file == file].sum()), there
             told = [f"{rows:,} rows (footer {footer.sha256[:12]})" for rows, footer in (ours, theirs)]
             raise RecipeError(f"{names[file]} has {told[0]}, rank 0's has {told[1]}: all nodes need the same data")
@@ -216,10 +217,8 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
         footers = _cached(source, names, states) or tuple(pool.map(partial(read_footer, source), names, states))
     _keep(source, names, states, footers)
     described = describe(names, footers, states, data)
-    groups = [
-        (number, place, group) for number, file in enumerate(described) for place, group in enumerate(file.groups)
-    ]
-    if not sum(file.rows for file in described):
+    groups = [(number, *placed) for number, file in enumerate(described) for placed in enumerate(file)]
+    if not sum(group.rows for *_, group in groups):
         raise RecipeError(f"split {split!r} of data.path={data.path} has no rows")
     classes = []
     for number, _, group in groups:
@@ -233,13 +232,13 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     rows, spans, memory = (np.array([getattr(g, what) for *_, g in groups]) for what in ("rows", "span", "memory"))
     declared = _declared(root, names, described) if root else ()
     digest, ends = hashlib.sha256(), tuple(map(Footer.of, footers))
-    for name, raw, part in zip(names, footers, described):
-        digest.update(f"{os.path.basename(name)} {part.rows} ".encode() + raw)
+    for name, raw, file_groups in zip(names, footers, described):
+        digest.update(f"{os.path.basename(name)} {sum(g.rows for g in file_groups)} ".encode() + raw)
     structure = digest.hexdigest()
     return Index(tuple(names), file, group_in_file, rows, structure, spans, ends, states, known, root, memory, declared)
 
 
-def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tuple[str, ...]:
+def _declared(root: str, names: Sequence[str], described: Sequence[list[Group]]) -> tuple[str, ...]:
     """What a folder's `content.json`, from `lars convert`, says of its row groups; "" of files that it does not name.
 
     Raises:
@@ -255,12 +254,12 @@ def _declared(root: str, names: Sequence[str], described: Sequence[File]) -> tup
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "remove it, or make it again with `lars convert`"
         raise RecipeError(f"{beside} is damaged ({one_line(error)}): {remedy}") from None
-    for name, file, hashes in zip(names, described, known):
+    for name, groups, hashes in zip(names, described, known):
         if hashes is None:
-            hashes = ["" for _ in file.groups]
-        if len(hashes) != len(file.groups):
-            groups = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(file.groups)}"
-            raise RecipeError(f"{beside} has {groups}: it is of another file")
+            hashes = ["" for _ in groups]
+        if len(hashes) != len(groups):
+            counts = f"{len(hashes)} row groups of {os.path.basename(name)}, the file has {len(groups)}"
+            raise RecipeError(f"{beside} has {counts}: it is of another file")
         declared += hashes
     return tuple(declared)
 

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from blake3 import blake3
 from lars.data.content import row_group_hash
 from lars.data.decode import BadImage, Encoded
 from lars.data.footers import span_of
+from lars.data.forked import from_a_child
 from lars.data.index import resolve
 from lars.data.originals import Originals, Row
 from lars.data.source import DataError, Source
@@ -82,7 +83,10 @@ def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tup
             raise RecipeError(f"{path} has no split {split!r}: --split takes what there is")
         source = Source(files[0], Data.retry_seconds)
         if source.local:
-            _check_whole(files)
+            whole = from_a_child(map(_spans, files))
+            if len(whole) < len(files):
+                file = files[len(whole)]
+                raise RecipeError(f"{file} is not a Parquet file, or is not whole: put a whole one there")
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(source.state, files))
         for file, state in zip(files, found):
@@ -93,16 +97,6 @@ def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tup
             jobs.append(Job(split, name, int(state.split()[0]), part, partial(_copy, part, file, state)))
             states[name] = state
     return jobs, {"files": sorted(states), "states": states}
-
-
-def _check_whole(files: list[str]) -> None:
-    """Raise RecipeError unless the footers can be read; in another process, which a hostile one can end."""
-    with ProcessPoolExecutor(1) as pool:
-        for file, read in [(file, pool.submit(_spans, file)) for file in files]:
-            try:
-                read.result()
-            except (pa.ArrowException, OSError, ValueError, BrokenExecutor):
-                raise RecipeError(f"{file} is not a Parquet file, or is not whole: put a whole one there") from None
 
 
 def finish(job: Job, shrink: Shrink) -> tuple[Path, dict[str, Any]]:

@@ -12,18 +12,20 @@ import threading
 from collections.abc import Callable
 
 from recipes import train  # isort: skip  (first: it pins the instruction set before torch is imported)
-from lars.data import footers, forked, loader
+from lars.data import forked, loader
+
+fork = forked.fork
 
 
 def fork_from_a_new_thread(work: Callable[[], None]) -> int:
-    """What `forked.fork` does; the child never leaves that call."""
+    """What `fork` does; the child never leaves that call."""
     children: list[int] = []
-    thread = threading.Thread(target=lambda: children.append(forked.fork(work)))
+    thread = threading.Thread(target=lambda: children.append(fork(work)))
     thread.start()
     thread.join()
     return children[0]
 
 
 if __name__ == "__main__":
-    loader.fork = footers.fork = fork_from_a_new_thread
+    loader.fork = forked.fork = fork_from_a_new_thread
     sys.exit(train.main())
