@@ -30,7 +30,7 @@ import pyarrow as pa
 from lars.data.conversion import FORM, begun, carry_out, still_to_write, write_json
 from lars.data.ilsvrc_tars import TARS, ilsvrc_tars
 from lars.data.image_folder import SPLITS, beside, divided_folder, image_folder, is_whole, split_folders
-from lars.data.originals import Originals, check_name
+from lars.data.originals import Originals, check_name, check_path
 from lars.data.packing import UNFINISHED, Job, copies, packs, rows_of, shrunk
 from lars.data.source import DataError
 from lars.exact.portable import versions
@@ -155,6 +155,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
         check_name(value, f"{name}={value}")
         if not value:
             parser.error(f"{name} is empty: give a folder")
+    check_path(args.out, f"OUT={args.out}")  # here, not when it is read: packing can take hours
     args.out = Path(args.out)
     return args
 

@@ -22,6 +22,7 @@ import numpy as np
 from lars.data.content import Content
 from lars.data.footers import Footer, Group, check_label_range, describe, read_footer
 from lars.data.image_folder import is_whole, packed_beside
+from lars.data.originals import check_path
 from lars.data.source import DataError, Source, causes
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
@@ -141,6 +142,8 @@ def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:
         raise RecipeError(f"{named}: give the Hub id alone (owner/name), and a commit or tag as data.revision")
     if local and os.path.samefile(path, os.sep):
         raise RecipeError(f"{named} is the whole machine: name the folder of the data set")
+    if local:
+        check_path(path, named)
     if not local and not address and not on_the_hub(data):
         raise RecipeError(f"{named}: no such folder")
     if local and not any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names):

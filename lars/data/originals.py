@@ -15,6 +15,8 @@ from lars.recipe.refusal import RecipeError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
 
+_ODD = ("*", "?", "[", "\n", "::", "${")  # parts of a path: patterns and addresses of `datasets`, a recipe's references
+
 
 class Row(NamedTuple):
     place: str  # the file that holds the image: itself, or a tar
@@ -64,6 +66,15 @@ def check_name(name: str, where: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise RecipeError(f"{where}: the name is not UTF-8, which Parquet needs: rename it") from None
+
+
+def check_path(path: str, where: str) -> None:
+    """Raise RecipeError for a folder of Parquet files that `datasets` or a recipe would take for something else."""
+    odd = next((part for part in _ODD if part in os.path.realpath(path)), None)
+    if odd:
+        raise RecipeError(
+            f"{where}: {odd!r} in the path of a folder has a meaning of its own: rename what is called so"
+        )
 
 
 def ending(name: str) -> str:

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import tarfile
@@ -26,8 +27,11 @@ from blake3 import blake3
 from promises import promised
 from test_convert import WNIDS, content, image, refusal, tar_of, write_devkit
 
-from lars.commands.convert import main
+from lars.commands.convert import main, pack
+from lars.data.index import resolve
 from lars.data.originals import Row
+from lars.recipe.keys import Data
+from lars.recipe.refusal import RecipeError
 from lars.run.lock import RunLock
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -762,6 +766,33 @@ def test_an_out_that_is_none(
     before = untouched(folder.parent)
     assert words in refusal(capsys, str(folder), str(given))
     assert untouched(folder.parent) == before
+
+
+@promised(
+    "lars convert: OUT",
+    (
+        "OUT, or the FOLDER that is packed beside itself, whose path has `[` in it",
+        "refused before it is packed",
+        "a[1]",
+    ),
+    ("OUT, or the FOLDER that is packed beside itself, whose path has `*` in it", "refused likewise", "a*"),
+    ("OUT, or the FOLDER that is packed beside itself, whose path has `?` in it", "refused likewise", "a?"),
+    ("OUT, or the FOLDER that is packed beside itself, whose path has `::` in it", "refused likewise", "a::b"),
+    ("OUT, or the FOLDER that is packed beside itself, whose path has `${` in it", "refused likewise", "a${b}"),
+    ("OUT, or the FOLDER that is packed beside itself, whose path has a line break in it", "refused likewise", "a\nb"),
+    arguments="name",
+)
+def test_a_path_that_cannot_be_read_afterwards(name: str, folder: Path, tmp_path: Path, capsys) -> None:
+    assert "in the path of a folder has a meaning of its own" in refusal(capsys, str(folder), str(tmp_path / name))
+    (tmp_path / name).mkdir()
+    moved = folder.rename(tmp_path / name / "pictures")
+    with pytest.raises(RecipeError, match="in the path of a folder has a meaning of its own"):
+        pack(moved)
+    assert list((tmp_path / name).iterdir()) == [moved]
+    assert main([str(moved), str(tmp_path / "out")]) == 0
+    shutil.copytree(tmp_path / "out", tmp_path / name / "packed")
+    with pytest.raises(RecipeError, match="in the path of a folder has a meaning of its own"):
+        resolve(Data(path=str(tmp_path / name / "packed")))
 
 
 @promised(
