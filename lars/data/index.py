@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -217,8 +216,7 @@ def _build(files: dict[str, list[str]], data: Data, split: str, num_classes: int
     source = Source(names[0], data.retry_seconds)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         states = tuple(pool.map(source.state, names))
-        footers = _cached(source, names, states) or tuple(pool.map(partial(read_footer, source), names, states))
-    _keep(source, names, states, footers)
+        footers = tuple(pool.map(partial(read_footer, source), names, states))
     described = describe(names, footers, states, data)
     groups = [(number, *placed) for number, file in enumerate(described) for placed in enumerate(file)]
     if not sum(group.rows for *_, group in groups):
@@ -265,30 +263,3 @@ def _declared(root: str, names: Sequence[str], described: Sequence[list[Group]])
             raise RecipeError(f"{beside} has {counts}: it is of another file")
         declared += hashes
     return tuple(declared)
-
-
-def _cache_file(names: list[str], states: tuple[str, ...]) -> Path:
-    key = hashlib.sha256("\n".join(f"{name} {state}" for name, state in zip(names, states)).encode()).hexdigest()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lars" / f"footers-{key}.npz"
-
-
-def _cached(source: Source, names: list[str], states: tuple[str, ...]) -> tuple[bytes, ...] | None:
-    """Footers of remote files as an earlier start read them; a changed file has another state, and so another key."""
-    if source.local:
-        return None
-    try:
-        with np.load(_cache_file(names, states), allow_pickle=False) as kept:
-            return tuple(kept[str(number)].tobytes() for number in range(len(names)))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _keep(source: Source, names: list[str], states: tuple[str, ...], footers: tuple[bytes, ...]) -> None:
-    file = _cache_file(names, states)
-    if source.local or file.exists() or not all(" " in state for state in states):  # a size alone is no version
-        return
-    with suppress(OSError):  # a home that cannot be written costs the next start a few requests
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, **{str(number): np.frombuffer(raw, np.uint8) for number, raw in enumerate(footers)})
-        os.replace(temporary, file)
