@@ -6,12 +6,13 @@ Footers tell names, rows and sizes; labels permuted in place, or another node's 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
 from collections.abc import Sequence
 
 import numpy as np
 from blake3 import blake3
+
+from lars.data.forked import shared_array
 
 _HASH = np.dtype("<i8")  # two of them
 
@@ -29,8 +30,7 @@ class Content:
     """
 
     def __init__(self, groups: int) -> None:
-        memory = mmap.mmap(-1, 32 * max(1, groups))
-        self.seen, self.known = np.frombuffer(memory, _HASH, 4 * groups).reshape(2, groups, 2)
+        self.seen, self.known = shared_array(_HASH, 2, groups, 2)
 
     def see(self, group: int, digest: bytes) -> bool:
         """Keep the first 16 bytes of what a row group hashes to; False if it is not what was read before."""

@@ -1,4 +1,4 @@
-"""A child process that ends with its parent, whatever ends that one, and whatever has stopped the child.
+"""Child processes that end with their parent, whatever ends that one or has stopped them, and memory that all share.
 
 `from_a_child` is for what reads bytes that C++ may not survive: pyarrow ends its whole process on some damaged footers
 and on encrypted columns, scipy on some MATLAB files.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
+import mmap
 import os
 import pickle
 import resource
@@ -19,6 +21,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
+
+import numpy as np
 
 from lars.recipe.refusal import RecipeError
 
@@ -49,6 +53,13 @@ def fork(work: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def shared_array(kind: type | np.dtype, *shape: int) -> np.ndarray:
+    """Zeros in memory that this process shares with all that it forks; it has no name, and begins at a page."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, count * np.dtype(kind).itemsize))
+    return np.frombuffer(memory, kind, count).reshape(shape)
 
 
 def from_a_child(results: Iterable[T]) -> list[T]:

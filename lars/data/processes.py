@@ -2,15 +2,14 @@
 
     files -> reader (row groups, each once) -> encoded samples -> decoders -> pixels of a pass -> the training process
 
-The memory is one anonymous mapping made before the processes are forked, and they talk over pipes, in messages of a
-fixed size that one read takes whole. Nothing has a name and no lock is held by anyone, so a process that is killed
+The memory is mapped, without a name, before the processes are forked, and they talk over pipes, in messages of a fixed
+size that one read takes whole. Nothing has a name and no lock is held by anyone, so a process that is killed
 leaves nothing behind and nobody waiting: the others see that their parent is gone, and the parent sees that a child is.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import pickle
 import select
@@ -27,6 +26,7 @@ import torch
 
 from lars.data.augment import draws_of, evaluation_image, training_image
 from lars.data.decode import MAX_BYTES, BadImage
+from lars.data.forked import shared_array
 from lars.data.malloc import return_freed
 from lars.data.reader import Pass, Reader, Samples
 from lars.data.source import DataError, DecoderError
@@ -36,7 +36,7 @@ from lars.recipe.refusal import RecipeError, one_line
 log = logging.getLogger("lars")
 
 ARENA = 2 * MAX_BYTES + 2**20  # bytes of encoded samples on their way to a decoder; more with many of them
-_ERROR = 64 * 1024  # bytes for the reader's last words
+_ERROR = 64 * 1024  # bytes
 _TASK = struct.Struct("<qqqq")  # reader to decoders: place in the arena, samples, slot, pass
 # Decoders to reader: place in the arena; -1: done, n: sample n is no image, -2 - n: it failed.
 _BACK = struct.Struct("<qq")
@@ -51,20 +51,11 @@ class Shared:
 
     def __init__(self, slots: int, samples: int, size: int, arena: int) -> None:
         """Of `slots` passes of `samples` images at most, each at most `size` pixels high and wide."""
-        parts = {"images": slots * samples * size * size * 3, "labels": 8 * slots * samples, "ids": 8 * slots * samples}
-        parts |= {"counts": 16 * slots, "error": _ERROR, "arena": arena}
-        begins, total = {}, 0
-        for name, length in parts.items():
-            begins[name], total = total, total + -(-length // 4096) * 4096
-        self.memory = mmap.mmap(-1, total)
-
-        def array(name: str, kind: type, *shape: int) -> np.ndarray:
-            return np.frombuffer(self.memory, kind, int(np.prod(shape)), begins[name]).reshape(shape)
-
-        self.images = array("images", np.uint8, slots, samples * size * size * 3)
-        self.labels, self.ids = (array(name, np.int64, slots, samples) for name in ("labels", "ids"))
-        self.counts = array("counts", np.int64, slots, 2)  # of each slot's pass: samples, bad images
-        self.error, self.arena = (memoryview(array(name, np.uint8, parts[name])) for name in ("error", "arena"))
+        self.images = shared_array(np.uint8, slots, samples * size * size * 3)
+        self.labels, self.ids = shared_array(np.int64, 2, slots, samples)
+        self.counts = shared_array(np.int64, slots, 2)  # of each slot's pass: samples, bad images
+        self.error = memoryview(shared_array(np.uint8, _ERROR))  # the reader's last words
+        self.arena = memoryview(shared_array(np.uint8, arena))
         self.pinned = False
 
     def pixels(self, slot: int, size: int) -> np.ndarray:
