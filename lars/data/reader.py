@@ -9,7 +9,9 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import psutil
@@ -80,13 +82,11 @@ class Reader:
         self.pool = ThreadPoolExecutor(_AT_ONCE)
         self.held: OrderedDict[Key, Future[_Group]] = OrderedDict()  # the last one used stands last
         self.sizes: dict[Key, float] = {}  # bytes of each held row group that are still to be taken, first estimated
-        self.given_up: set[Key] = set()  # dropped for lack of memory before they were used up
         self.warned = False
         self.footers: dict[int, pq.FileMetaData] = {}
         self.opening = threading.Lock()  # several reads of one file at a time need its footer once
         self.asked: dict[int, float] = {}  # file -> when its state was asked for
-        self.spare: tuple[int, list[bytes | None], np.ndarray] | None = None
-        self.paths: list[str | None] = []  # of its images, as they are called in the data set
+        self.whole = lru_cache(1)(self._read)  # the row group of a bad image, which is read again for its neighbours
         self.reads = 0  # row groups read so far
 
     def samples(self, passes: Iterable[Pass]) -> Iterator[Samples]:
@@ -107,19 +107,17 @@ class Reader:
             yield self._take(*planned.popleft())
 
     def neighbour(self, group: int, row: int) -> tuple[bytes | None, int]:
-        """Bytes and label of any row: what stands in for a bad image. The row group is read again for it."""
-        if self.spare is None or self.spare[0] != group:
-            self.spare = (group, *self._read(group))
-        return self.spare[1][row], int(self.spare[2][row])
+        """Bytes and label of any row: what stands in for a bad image."""
+        images, labels, _ = self.whole(group)
+        return images[row], int(labels[row])
 
     def where(self, group: int, row: int) -> str:
-        """Where a person finds an image: its name, which is read again for this, and its place."""
+        """Where a person finds an image: its name in the data set, and its place."""
         place = f"row {row} of {self.index.place(group)}"
-        try:
-            self.neighbour(group, row)
-            return f"{self.paths[row]!r}, {place}" if self.paths[row] else place
-        except (DataError, RecipeError, MemoryError):  # the name is a favour
-            return place
+        with suppress(DataError, RecipeError, MemoryError):  # the name is a favour
+            if path := self.whole(group)[2][row]:
+                return f"{path!r}, {place}"
+        return place
 
     def _plan(self, ids: np.ndarray, epochs: np.ndarray, must: bool) -> bool:
         """Start the reads of a pass; False if there is no memory for them now. The next pass to take `must` have it."""
@@ -147,15 +145,6 @@ class Reader:
         return self.wanted[epoch][first : first + int(self.index.rows[group])]
 
     def _start(self, key: Key) -> None:
-        if key in self.given_up and not self.warned:
-            self.warned = True
-            log.warning(
-                "row groups are read more than once: the slots of this process use %.1f GiB of them at a time, and "
-                "%.1f GiB of memory may be taken for them; more memory or more machines make it faster",
-                self.needed / 2**30,
-                self.limit / 2**30,
-            )
-        self.given_up.discard(key)
         self.reads += 1
         self.sizes[key] = self._size(key)
         self.held[key] = self.pool.submit(self._load, key, np.flatnonzero(self._rows_wanted(key)))
@@ -165,12 +154,17 @@ class Reader:
         for key in list(reversed(self.held)):
             if sum(self.sizes.values()) + size <= self.limit:
                 return
-            if key not in keep and self.held[key].done():
-                self.given_up.add(key)
-                self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        del self.held[key], self.sizes[key]
+            if key in keep or not self.held[key].done():
+                continue
+            del self.held[key], self.sizes[key]
+            if not self.warned:
+                self.warned = True
+                log.warning(
+                    "row groups are read more than once: the slots of this process use %.1f GiB of them at a time, and "
+                    "%.1f GiB of memory may be taken for them; more memory or more machines make it faster",
+                    self.needed / 2**30,
+                    self.limit / 2**30,
+                )
 
     def _take(self, ids: np.ndarray, epochs: np.ndarray) -> Samples:
         for past in [epoch for epoch in self.wanted if epoch < epochs[0]]:
@@ -189,18 +183,20 @@ class Reader:
             labels[slot] = group.labels[row]
             self.wanted[key[0]][ids[slot]] = False
             if not group.images:
-                self._drop(key)
+                del self.held[key], self.sizes[key]
         for key in self._keys(ids, epochs):
             if key in self.held:
                 self.sizes[key] = sum(len(data or b"") for data in self.held[key].result().images.values())
         return Samples(ids, epochs, images, labels)
 
     def _load(self, key: Key, rows: np.ndarray) -> _Group:
-        images, labels = self._read(key[1], rows)
+        images, labels, _ = self._read(key[1], rows)
         return _Group(dict(zip(rows.tolist(), images)), labels)
 
-    def _read(self, group: int, rows: np.ndarray | None = None) -> tuple[list[bytes | None], np.ndarray]:
-        """The images of some rows (or all) and the labels of all rows, by one read of one range of bytes."""
+    def _read(
+        self, group: int, rows: np.ndarray | None = None
+    ) -> tuple[list[bytes | None], np.ndarray, list[str | None]]:
+        """The images of some rows, or of all with their names, and all labels, by one read of one range of bytes."""
         file = int(self.index.file[group])
         name, number = self.index.files[file], int(self.index.group_in_file[group])
         self._check_unchanged(file)
@@ -238,10 +234,9 @@ class Reader:
             raise RecipeError(missing_labels(name, number, labels.null_count))
         labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, in every reader
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
-        if rows is None:
-            parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
-            self.paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
-        return _bytes_of(images, rows), labels
+        parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
+        paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
+        return _bytes_of(images, rows), labels, paths
 
     def _footer(self, file: int) -> bytes:
         """The raw footer that the index was made from: of thousands of processes each reads those of its own files."""
