@@ -167,6 +167,9 @@ def test_a_folder_of_images_as_data_path_is_packed_once(
     last.unlink()  # as if it had been stopped: it goes on, and never trains on a part
     status, said = checked()
     assert status == 0 and "packing" in said and last.read_bytes() == kept, said
+    shutil.rmtree(last.parent)
+    status, said = checked(f"data.path=file://{folder}")
+    assert status == 0 and f"packing the images of {folder}" in said, said
     monkeypatch.setenv("PICTURES", str(folder))
     shutil.rmtree(last.parent)
     status, said = checked("data.path=${oc.env:PICTURES}")  # its value stands in no message

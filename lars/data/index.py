@@ -117,9 +117,18 @@ def on_this_node(index: Index, data: Data, verify: bool) -> Index:
 
 def _folder(data: Data) -> str:
     """`data.path` as a folder; where that holds images, the one beside it in which all of them are packed."""
-    path = os.path.expanduser(data.place.removeprefix("file://"))
-    beside = packed_beside(path)
+    beside = packed_beside(path := _path(data))
     return str(beside) if beside and is_whole(beside) else path
+
+
+def _path(data: Data) -> str:
+    return os.path.expanduser(data.place.removeprefix("file://"))
+
+
+def images_at(data: Data) -> Path | None:
+    """The folder at `data.path` if it holds images, which are to be packed beside it."""
+    path = _path(data)
+    return Path(path) if packed_beside(path) else None
 
 
 def resolve(data: Data, key: str = "data.path=") -> dict[str, list[str]]:
