@@ -30,12 +30,9 @@ def ilsvrc_tars(folder: Path, splits: list[str], val_labels: Path | None) -> Ori
     train = folder / TARS["train"]
     left_out: dict[str, Counter[str]] = {split: Counter() for split in TARS}
     class_tars = _class_tars(train, left_out["train"]) if train.is_file() else {}
-    images: list[Row] = []
-    wnids: dict[str, str] = {}
-    if "validation" in splits:
-        images = _members(folder / TARS["validation"], ENDINGS, left_out["validation"])
-    if images:
-        wnids = _validation_wnids(folder, val_labels, sorted(row.name for row in images))
+    # First the labels: they are few, and the training images are many to look for in vain.
+    images = _members(folder / TARS["validation"], ENDINGS, left_out["validation"]) if "validation" in splits else []
+    wnids = _validation_wnids(folder, val_labels, sorted(row.name for row in images)) if images else {}
     classes = sorted(class_tars or set(wnids.values()))
     found: dict[str, list[Row]] = {split: [] for split in splits}
     if "train" in splits:
