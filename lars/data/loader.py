@@ -9,7 +9,7 @@ import select
 import signal
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lars.data.forked import fork
 from lars.data.index import Index
 from lars.data.order import Order
-from lars.data.processes import ARENA, DONE, END, NEWS, SLOT, Decoding, Pipes, Serving, Shared, end
+from lars.data.processes import ARENA, DONE, END, FREE, NEWS, Decoding, Pipes, Serving, Shared, end
 from lars.data.reader import Pass, Reader
 from lars.data.source import DataError
 from lars.recipe.batch import BatchPlan
@@ -174,8 +174,8 @@ class Loader:
         self.shared = Shared(slots, most, size, max(ARENA, 4 * workers * 2**20))
         self.pipes = Pipes()
         self.next, self.passes = 0, None  # the pass to deliver next; how many there are, once known
-        self.progress: dict[int, list[int]] = {}  # pass -> its slot, samples decoded
-        self.lent: deque[tuple[int, torch.cuda.Event | None]] = deque()  # slots that were delivered, oldest first
+        self.decoded: Counter[int] = Counter()  # samples of each pass
+        self.lent: deque[torch.cuda.Event | None] = deque()  # for each pass that still has its slot, oldest first
         self.failure: tuple[int, Exception] | None = None
         serve = Serving(reader, passes, self.shared, self.pipes, together)
         decode = Decoding(recipe, training, self.size_of, self.shared, self.pipes)
@@ -205,8 +205,8 @@ class Loader:
         started = time.perf_counter()
         self._take_back()
         while self.passes is None or self.next < self.passes:
-            slot, decoded = self.progress.get(self.next, (0, 0))
-            if decoded and decoded == self.shared.counts[slot, 0]:
+            slot = self.next % self.shared.slots
+            if self.decoded[self.next] and self.decoded[self.next] == self.shared.counts[slot, 0]:
                 break
             if self.failure and self.next >= self.failure[0]:
                 raise self.failure[1]
@@ -214,14 +214,14 @@ class Loader:
         else:
             self.close()
             raise StopIteration
-        del self.progress[self.next]
-        size = self.size_of(self.next)
+        del self.decoded[self.next]
+        pixels = self.shared.pixels(self.next, self.size_of(self.next))
         self.next += 1
         self.waited += time.perf_counter() - started
         samples, bad = map(int, self.shared.counts[slot])
-        self.lent.append((slot, None))
+        self.lent.append(None)
         return Batch(
-            torch.from_numpy(self.shared.pixels(slot, size)[:samples]).permute(0, 3, 1, 2),
+            torch.from_numpy(pixels[:samples]).permute(0, 3, 1, 2),
             torch.from_numpy(self.shared.labels[slot, :samples].copy()),
             self.shared.ids[slot, :samples].copy(),
             bad,
@@ -232,12 +232,11 @@ class Loader:
         if self.cuda and self.lent:
             event = torch.cuda.Event()
             event.record()
-            self.lent[-1] = (self.lent[-1][0], event)
+            self.lent[-1] = event
         while len(self.lent) > (1 if self.cuda else 0):
-            slot, event = self.lent.popleft()
-            if event:
+            if event := self.lent.popleft():
                 event.synchronize()
-            os.write(self.pipes.free[1], SLOT.pack(slot))
+            os.write(self.pipes.free[1], FREE)
 
     def _listen(self) -> None:
         """Take the next message, or notice after a second that none comes."""
@@ -252,12 +251,12 @@ class Loader:
         self.silent = 0
         what, *facts = NEWS.unpack(os.read(self.pipes.news[0], NEWS.size))
         if what == DONE:
-            number, slot, samples = facts
-            self.progress.setdefault(number, [slot, 0])[1] += samples
+            number, samples = facts
+            self.decoded[number] += samples
         elif what == END:
             self.passes = facts[0]
         else:
-            number, length, _ = facts
+            number, length = facts
             self.failure = number, pickle.loads(self.shared.error[:length])  # written by our own child
 
     def _check_children(self) -> None:

@@ -37,17 +37,20 @@ log = logging.getLogger("lars")
 
 ARENA = 2 * MAX_BYTES + 2**20  # bytes of encoded samples on their way to a decoder; more with many of them
 _ERROR = 64 * 1024  # bytes
-_TASK = struct.Struct("<qqqq")  # reader to decoders: place in the arena, samples, slot, pass
+_TASK = struct.Struct("<qqq")  # reader to decoders: place in the arena, samples, pass
 # Decoders to reader: place in the arena; -1: done, n: sample n is no image, -2 - n: it failed.
 _BACK = struct.Struct("<qq")
 _WORDS = 256  # bytes of a sample in the arena, at least: there a decoder says what is wrong with it
-NEWS = struct.Struct("<qqqq")  # to the training process: what, then as below
-DONE, END, FAILED = range(3)  # DONE: pass, slot, samples. END: number of passes. FAILED: pass, length of the error
-SLOT = struct.Struct("<q")  # training process to reader: a slot that is free again
+NEWS = struct.Struct("<qqq")  # to the training process: what, then as below
+DONE, END, FAILED = range(3)  # DONE: pass, samples. END: number of passes, 0. FAILED: pass, length of the error
+FREE = b"\0"  # training process to reader: the oldest pass has left its slot
 
 
 class Shared:
-    """Memory of all processes of a loader: the pixels of a few passes (`slots`), and encoded samples on their way."""
+    """Memory of all processes of a loader: the pixels of a few passes (`slots`), and encoded samples on their way.
+
+    Passes are handed out and taken in their order, so pass n is in slot n % slots.
+    """
 
     def __init__(self, slots: int, samples: int, size: int, arena: int) -> None:
         """Of `slots` passes of `samples` images at most, each at most `size` pixels high and wide."""
@@ -56,11 +59,11 @@ class Shared:
         self.counts = shared_array(np.int64, slots, 2)  # of each slot's pass: samples, bad images
         self.error = memoryview(shared_array(np.uint8, _ERROR))  # the reader's last words
         self.arena = memoryview(shared_array(np.uint8, arena))
-        self.pinned = False
+        self.slots, self.pinned = slots, False
 
-    def pixels(self, slot: int, size: int) -> np.ndarray:
-        """uint8 (n, size, size, 3): a slot's memory as images of that size, n at least what it was made for."""
-        image = size * size * 3
+    def pixels(self, number: int, size: int) -> np.ndarray:
+        """uint8 (n, size, size, 3): a pass's memory as images of that size, n at least what it was made for."""
+        image, slot = size * size * 3, number % self.slots
         return self.images[slot, : self.images.shape[1] // image * image].reshape(-1, size, size, 3)
 
     def pin(self) -> None:
@@ -121,7 +124,6 @@ class _Sample:
 class _Task:
     begin: int  # in the arena
     end: int
-    slot: int
     number: int  # of the pass
     samples: list[_Sample]
     done: bool = False
@@ -133,7 +135,7 @@ class Serving:
     def __init__(self, reader: Reader, passes: Iterable[Pass], shared: Shared, pipes: Pipes, together: int) -> None:
         self.reader, self.passes, self.shared, self.pipes, self.together = reader, passes, shared, pipes, together
         self.number = 0  # the pass that is handed out next, or that cannot be
-        self.slots = deque(range(len(shared.counts)))
+        self.free = shared.slots
         self.tasks: deque[_Task] = deque()  # in the order of their places in the arena, which is a ring
 
     def run(self) -> None:
@@ -155,16 +157,17 @@ class Serving:
 
     def _serve(self) -> None:
         for samples in self.reader.samples(self.passes):
-            while not self.slots:
+            while not self.free:
                 self._listen()
-            self._hand_out(self.number, self.slots.popleft(), samples)
+            self.free -= 1
+            self._hand_out(self.number, samples)
             self.number += 1
         self._tell(END, self.number)
         while True:
             self._listen()
 
-    def _hand_out(self, number: int, slot: int, samples: Samples) -> None:
-        count = len(samples.ids)
+    def _hand_out(self, number: int, samples: Samples) -> None:
+        count, slot = len(samples.ids), number % self.shared.slots
         self.shared.labels[slot, :count], self.shared.ids[slot, :count] = samples.labels, samples.ids
         self.shared.counts[slot] = count, 0
         several, size, each = [], 0, zip(samples.ids.tolist(), samples.epochs.tolist(), samples.images)
@@ -172,10 +175,10 @@ class Serving:
             several.append(_Sample(place, sample_id, epoch, data))
             size += len(data or b"")
             if len(several) == self.together or size > MAX_BYTES // 4 or place == count - 1:
-                self._send(number, slot, several)
+                self._send(number, several)
                 several, size = [], 0
 
-    def _send(self, number: int, slot: int, samples: list[_Sample]) -> None:
+    def _send(self, number: int, samples: list[_Sample]) -> None:
         # One byte too many is enough for the decoder to refuse it.
         data = [(s.data or b"")[: MAX_BYTES + 1] for s in samples]
         table = np.array([(s.place, s.epoch, s.id, len(d)) for s, d in zip(samples, data)], np.int64).tobytes()
@@ -187,9 +190,9 @@ class Serving:
             self.shared.arena[at : at + len(part)], sample.at = part, at
             at += max(_WORDS, len(part))
         # Tables of integers begin at multiples of 8.
-        self.tasks.append(_Task(begin, -(-at // 8) * 8, slot, number, samples))
+        self.tasks.append(_Task(begin, -(-at // 8) * 8, number, samples))
         self._hear()  # so that decoders never wait for us while we wait for them
-        os.write(self.pipes.tasks[1], _TASK.pack(begin, len(samples), slot, number))
+        os.write(self.pipes.tasks[1], _TASK.pack(begin, len(samples), number))
 
     def _room(self, size: int) -> int | None:
         """Where in the ring `size` bytes are free, behind the newest task."""
@@ -211,7 +214,7 @@ class Serving:
         while ready := self.poll.poll(0):  # asked anew each time: what one message sets off may take the next
             end = ready[0][0]
             if end == self.pipes.free[0]:
-                self.slots.append(SLOT.unpack(os.read(end, SLOT.size))[0])
+                self.free += len(os.read(end, len(FREE)))
             else:
                 begin, what = _BACK.unpack(os.read(end, _BACK.size))
                 task = next(t for t in self.tasks if t.begin == begin and not t.done)
@@ -239,15 +242,16 @@ class Serving:
             if tries == rows:
                 raise DataError(f"no image of {index.place(group)} can be decoded")
             data, label = reader.neighbour(group, (row + 1) % rows)
-            self.shared.labels[task.slot, sample.place] = label
-            self.shared.counts[task.slot, 1] += tries == 1
-            self._send(task.number, task.slot, [replace(sample, data=data, tries=tries)])
+            slot = task.number % self.shared.slots
+            self.shared.labels[slot, sample.place] = label
+            self.shared.counts[slot, 1] += tries == 1
+            self._send(task.number, [replace(sample, data=data, tries=tries)])
         except (DataError, RecipeError):
             self.number = min(self.number, task.number)  # this pass is the first that cannot be delivered
             raise
 
-    def _tell(self, what: int, *facts: int) -> None:
-        os.write(self.pipes.news[1], NEWS.pack(what, *facts, *[0] * (3 - len(facts))))
+    def _tell(self, what: int, number: int, length: int = 0) -> None:
+        os.write(self.pipes.news[1], NEWS.pack(what, number, length))
 
 
 class Decoding:
@@ -259,15 +263,16 @@ class Decoding:
     def run(self) -> None:
         cv2.setNumThreads(0)
         while task := os.read(self.pipes.tasks[0], _TASK.size):
-            begin, count, slot, number = _TASK.unpack(task)
-            good = self._decode(begin, count, slot, self.size_of(number))
+            begin, count, number = _TASK.unpack(task)
+            good = self._decode(begin, count, number)
             os.write(self.pipes.back[1], _BACK.pack(begin, -1))
             if good:
-                os.write(self.pipes.news[1], NEWS.pack(DONE, number, slot, good))
+                os.write(self.pipes.news[1], NEWS.pack(DONE, number, good))
 
-    def _decode(self, begin: int, count: int, slot: int, size: int) -> int:
+    def _decode(self, begin: int, count: int, pass_number: int) -> int:
         """Returns how many of the samples became pixels; the reader is told of the others."""
-        recipe, pixels, good = self.recipe, self.shared.pixels(slot, size), 0
+        recipe, size, good = self.recipe, self.size_of(pass_number), 0
+        pixels = self.shared.pixels(pass_number, size)
         table = np.frombuffer(self.shared.arena, np.int64, 4 * count, begin).reshape(count, 4)
         draws = draws_of(recipe.seed, table[:, 1], table[:, 2]) if self.training else None
         at = begin + table.nbytes
