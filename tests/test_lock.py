@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -161,17 +162,22 @@ NO_LOCKS = (
 )
 
 
-@pytest.mark.parametrize("content", NO_LOCKS)
-def test_a_damaged_lock_is_dead_after_a_while(
-    content: bytes | Callable[[Path], None], tmp_path: Path, short: None
-) -> None:
-    file = tmp_path / "lock"
-    file.write_bytes(content) if isinstance(content, bytes) else content(file)
-    owner = RunLock(tmp_path)
-    owner.acquire()
-    assert json.loads(file.read_text().partition("\n")[2])["pid"] == os.getpid()
-    owner.release()
-    assert not list(tmp_path.iterdir())
+def test_a_damaged_lock_is_dead_after_a_while(tmp_path: Path, short: None) -> None:
+    """Each in a folder of its own and all at the same time: they wait, and compute nothing."""
+
+    def take(number: int, content: bytes | Callable[[Path], None]) -> str | None:
+        """What is wrong with taking over such a lock; None if nothing is."""
+        file = tmp_path / str(number) / "lock"
+        file.parent.mkdir()
+        file.write_bytes(content) if isinstance(content, bytes) else content(file)
+        owner = RunLock(file.parent)
+        owner.acquire()
+        pid = json.loads(file.read_text().partition("\n")[2])["pid"]
+        owner.release()
+        return None if pid == os.getpid() and not list(file.parent.iterdir()) else f"{content!r} was not taken over"
+
+    with ThreadPoolExecutor(len(NO_LOCKS)) as pool:
+        assert list(pool.map(take, range(len(NO_LOCKS)), NO_LOCKS)) == [None] * len(NO_LOCKS)
 
 
 def test_a_lock_that_may_not_be_read_is_not_dead(tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,6 @@ def test_the_front_page_says_how_many_steps_each_batch_took(ledger: Path, monkey
     bold = [line for line in table if "**" in line[-1]]
     assert len(table) == 2 + sum(2 * (k[1] - k[0] + 1) for k in TARGET["rates"].values()) * len(METHODS)
     assert len(bold) == len(METHODS) * len(TARGET["rates"]) - 1  # none for SGD at 16,384
-    figure.draw(ledger)
 
 
 def test_holm_by_hand() -> None:
