@@ -58,7 +58,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], title: str, file: Path) -> N
         axes[0].set_ylabel(name if len(name) < 20 else f"{name[:19]}…", fontsize=9)
     figure.suptitle(title, fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(elements.png(figure))
+    figure.savefig(file, dpi=110)
 
 
 @refuses(RecipeError, DataError, OSError)

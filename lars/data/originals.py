@@ -72,9 +72,7 @@ def check_path(path: str, where: str) -> None:
     """Raise RecipeError for a folder of Parquet files that `datasets` or a recipe would take for something else."""
     odd = next((part for part in _ODD if part in os.path.realpath(path)), None)
     if odd:
-        raise RecipeError(
-            f"{where}: {odd!r} in the path of a folder has a meaning of its own: rename what is called so"
-        )
+        raise RecipeError(f"{where}: {odd!r} in the path of a folder has a meaning of its own: rename that folder")
 
 
 def ending(name: str) -> str:

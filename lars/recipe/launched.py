@@ -115,7 +115,7 @@ def place(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
     if wrong or not numbers["RANK"] < numbers["WORLD_SIZE"] or not numbers["LOCAL_RANK"] < numbers["LOCAL_WORLD_SIZE"]:
         wrong = wrong or ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
         given = ", ".join(f"{name}={environment[name]}" for name in wrong)
-        raise Alone(f"a launcher cannot mean {given}: these are whole numbers, and ranks lie below their number")
+        raise Alone(f"a launcher cannot mean {given}: these are whole numbers, and ranks count from 0")
     if not 0 < numbers["MASTER_PORT"] < 2**16:
         raise Alone(f"MASTER_PORT={numbers['MASTER_PORT']} of the launcher is no port: give one from 1 to 65535")
     return numbers

@@ -170,7 +170,7 @@ class RunFolder:
             if error.errno not in _FULL:
                 raise NotWritten(f"{self.path} cannot be written ({error}): give another run_dir=...") from None
             if not self.trouble:
-                log.warning("%s cannot be written (%s): all is kept until it can", self.path, error.strerror)
+                log.warning("%s cannot be written (%s): all is kept until it can be", self.path, error.strerror)
             self.trouble = error.strerror or str(error)
             return False
 
