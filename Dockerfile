@@ -4,7 +4,7 @@
 #     docker build --tag lars-imagenet:cpu --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 FROM python:3.11-slim-bookworm
 
-# g++: DeepSpeed builds a small operator on CPUs at its first use; numactl: it looks for it there. Debian's stable release
+# g++ brings the C compiler that lars/exact/kernels.c needs; DeepSpeed looks for numactl on CPUs. Debian's stable release
 # keeps one version of each.
 # hadolint ignore=DL3008
 RUN apt-get update \
