@@ -100,22 +100,33 @@ def still_to_write(jobs: list[Job], identity: dict[str, Any], out: Path) -> tupl
             left.append(job)
         elif job.name not in content:
             content[job.name] = content_of(out / job.name)
-        if job.rows and job not in left:
-            entry = content[job.name]
-            entry["originals"] = _compared(job, entry.get("originals", {}), out)
     if left and before.get("writer") != identity["writer"]:
         was = before.get("writer") or "an older version of lars convert"
         raise RecipeError(f"{out} was begun with {was}; {identity['writer']} may write other bytes: {_REMEDY}")
+    _compare([job for job in jobs if job.rows and job not in left], content, out)
     return left, content
 
 
-def _compared(job: Job, then: dict[str, str], out: Path) -> dict[str, str]:
-    """What a file in OUT was made of; its images are only read where their times are not those of `then`.
+def _compare(jobs: list[Job], content: dict[str, Any], out: Path) -> None:
+    """Record in `content` what these files in OUT were made of; images are only read where their times are others.
 
-    A conversion of before times were recorded has no `then`, and counts as made of the images that are there now.
+    That can take hours, so each file's answer is written at once. A conversion of before times were recorded counts as
+    made of the images that are there now.
+
+    Raises:
+        RecipeError: a file was made of other images.
     """
-    if then.get("times") == (times := times_of(job.rows)):
-        return then
+    others = [job for job in jobs if content[job.name].get("originals", {}).get("times") != times_of(job.rows)]
+    if others:
+        images = f"{sum(len(job.rows) for job in others):,} images"
+        print(f"{out}: {images} have other times than were recorded, and are read and compared once", flush=True)
+    for job in others:
+        content[job.name]["originals"] = _compared(job, content[job.name].get("originals", {}), out)
+        write_json(out / "content.json", {"files": content})
+
+
+def _compared(job: Job, then: dict[str, str], out: Path) -> dict[str, str]:
+    """What a file in OUT was made of, as its images are read now."""
     digest = blake3()
     for row in tqdm(job.rows, desc=f"compare {job.name}", unit=" images", disable=None, leave=False):
         digest.update(row.read())
@@ -125,7 +136,7 @@ def _compared(job: Job, then: dict[str, str], out: Path) -> dict[str, str]:
             f"{out / job.name} was made of other images than are there now (the one that changed last is {newest}): "
             f"put them back, or {_REMEDY}"
         )
-    return {"times": times, "blake3": digest.hexdigest()}
+    return {"times": times_of(job.rows), "blake3": digest.hexdigest()}
 
 
 def carry_out(left: list[Job], done: int, out: Path, place: Callable[..., None], shrink: Shrink, workers: int) -> None:

@@ -17,7 +17,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
 import datasets
@@ -896,8 +896,32 @@ def test_a_conversion_without_times_gets_them(folder: Path, out: Path, capsys) -
     (out / "content.json").write_text(json.dumps(hashes))
     files = content(out)
     assert main([str(folder), str(out)]) == 0 and content(out) == files
+    assert "images have other times than were recorded, and are read and compared once" in capsys.readouterr().out
+    assert main([str(folder), str(out)]) == 0
+    assert "are read and compared" not in capsys.readouterr().out
     changed(folder / "train/cat/train0.jpg")
     assert "was made of other images" in refusal(capsys, str(folder), str(out))
+
+
+def test_a_comparison_that_was_stopped_goes_on(folder: Path, out: Path, monkeypatch) -> None:
+    """Reading all images of a large folder takes hours: what was compared is not read again."""
+    assert main([str(folder), str(out)]) == 0
+    hashes = json.loads((out / "content.json").read_text())
+    for entry in hashes["files"].values():
+        del entry["originals"]
+    (out / "content.json").write_text(json.dumps(hashes))
+    read, last = Row.read, sorted(hashes["files"])[-1].partition("-")[0]
+
+    def stopped(row: Row) -> bytes:
+        if Path(row.place).parents[1].name.startswith(last[:3]):
+            raise KeyboardInterrupt
+        return read(row)
+
+    monkeypatch.setattr(Row, "read", stopped)
+    with suppress(KeyboardInterrupt):
+        main([str(folder), str(out)])
+    entries = json.loads((out / "content.json").read_text())["files"]
+    assert ["originals" in entries[name] for name in sorted(entries)] == [True] * (len(entries) - 1) + [False]
 
 
 @promised(
