@@ -229,6 +229,39 @@ def test_a_class_without_training_images_is_refused(clone: Path, tmp_path: Path,
     assert "has labels 0 ... 4, but model.num_classes=3" in said and said.count("\n") == 1
 
 
+def refused_by_new_and_show(recipe: Path, data: Path, words: str, capsys: pytest.CaptureFixture) -> None:
+    for command, arguments in ((new, ["other", "--data", str(data)]), (show, [str(recipe)])):
+        capsys.readouterr()
+        assert command.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
+
+
+def test_labels_that_are_null_without_a_word_of_it_in_the_footer(
+    clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = as_others_write_it(tmp_path / "data", 0)
+    assert new.main(["mine", "--data", str(data)]) == 0
+    whole = pq.read_table(data / "train.parquet")
+    labels = pa.array([None, *whole["label"].to_pylist()[1:]])
+    pq.write_table(whole.set_column(1, "label", labels), data / "train.parquet", write_statistics=False)
+    refused_by_new_and_show(clone / "recipes/mine/resnet18.yaml", data, "1 labels in row group 0 of", capsys)
+
+
+def test_damaged_labels_are_one_line(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = as_others_write_it(tmp_path / "data", 0)
+    assert new.main(["mine", "--data", str(data)]) == 0
+    file = data / "train.parquet"
+    whole = pq.read_table(file)
+    pq.write_table(whole, file, compression="ZSTD", write_page_checksum=True)
+    column = pq.read_metadata(file).row_group(0).column(whole.schema.names.index("label"))
+    start, size = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
+    raw = bytearray(file.read_bytes())
+    raw[start : start + size] = bytes(size)
+    file.write_bytes(raw)
+    refused_by_new_and_show(clone / "recipes/mine/resnet18.yaml", data, "train.parquet cannot be read", capsys)
+
+
 def test_a_class_name_of_two_lines_is_printed_in_one(
     clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from torch import nn
 from lars.commands.convert import pack
 from lars.commands.subject import class_names, first_rows, name_of, subject
 from lars.data.decode import BadImage, Encoded
-from lars.data.footers import check_label_range
+from lars.data.footers import check_label_range, check_no_null
+from lars.data.forked import from_a_child
 from lars.data.index import Index, build_indexes
 from lars.engine.build import build_model
 from lars.optim.key import CORE
@@ -75,9 +77,24 @@ def look(data: Data, names: list[str] | None) -> tuple[int, int, str]:
 
 
 def labels_of(index: Index, data: Data) -> np.ndarray:
-    """The labels of all rows of a split whose files are local."""
-    column = data.label_column
-    return np.concatenate([pq.read_table(file, columns=[column])[column].to_numpy() for file in index.files])
+    """The labels of all rows of a split whose files are local.
+
+    Raises:
+        RecipeError: some are null, or cannot be read.
+    """
+
+    def told() -> Iterator[np.ndarray]:
+        for name in index.files:
+            file = pq.ParquetFile(name)
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, columns=[data.label_column], use_threads=False)
+                check_no_null(rows[data.label_column], name, group)
+                yield rows[data.label_column].to_numpy()
+
+    found = from_a_child(told())
+    if len(found) < len(index.rows):
+        raise RecipeError(f"{index.place(len(found))} cannot be read, the file is damaged: put a whole one there")
+    return np.concatenate(found)
 
 
 def changes(

@@ -23,6 +23,7 @@ from torch import nn
 
 from lars.commands.verify import overrides_of, recipe_of
 from lars.data.augment import evaluation_image
+from lars.data.footers import check_no_null
 from lars.data.index import Index, resolve
 from lars.data.source import Source
 from lars.engine.average import parted
@@ -153,12 +154,19 @@ def class_names(data: Data) -> list[str] | None:
 
 
 def first_rows(index: Index, data: Data) -> pa.Table:
-    """Columns `bytes` and `label` of the first row group that has rows; `bytes` is null where an image is."""
+    """Columns `bytes` and `label` of the first row group that has rows; `bytes` is null where an image is.
+
+    Raises:
+        RecipeError: a label is null, or the row group cannot be read.
+    """
     place = int(np.argmax(index.rows > 0))
-    name = index.files[index.file[place]]
+    name, group = index.files[index.file[place]], int(index.group_in_file[place])
     with Source(name, data.retry_seconds).files.open(name) as stream:
-        columns = [data.image_column, data.label_column]
-        rows = pq.ParquetFile(stream).read_row_group(int(index.group_in_file[place]), columns=columns)
+        try:
+            rows = pq.ParquetFile(stream).read_row_group(group, columns=[data.image_column, data.label_column])
+        except (pa.ArrowException, OSError) as error:
+            raise RecipeError(f"{index.place(place)} cannot be read: {one_line(error)}") from None
+    check_no_null(rows[data.label_column], name, group)
     return pa.table({"bytes": pc.struct_field(rows[data.image_column], "bytes"), "label": rows[data.label_column]})
 
 

@@ -131,7 +131,7 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> list[Group]:
                 memory += max(chunk.total_uncompressed_size, chunk.total_compressed_size)
             statistics = chunk.statistics if chunk.path_in_schema == data.label_column else None
             if statistics is not None and statistics.has_null_count and statistics.null_count:
-                raise RecipeError(missing_labels(name, number, statistics.null_count))
+                raise _missing_labels(statistics.null_count, name, number)
             if statistics is not None and statistics.has_min_max:
                 labels = int(statistics.min), int(statistics.max)
         groups.append(Group(group.num_rows, span, memory, labels))
@@ -140,9 +140,15 @@ def _describe(name: str, raw: bytes, size: int, data: Data) -> list[Group]:
     return groups
 
 
-def missing_labels(name: str, group: int, count: int) -> str:
+def check_no_null(labels: pa.ChunkedArray, name: str, group: int) -> None:
+    """Raise RecipeError unless every image of a row group has a label: not every footer says how many are null."""
+    if labels.null_count:
+        raise _missing_labels(labels.null_count, name, group)
+
+
+def _missing_labels(count: int, name: str, group: int) -> RecipeError:
     remedy = "every image needs a class number, leave out those without"
-    return f"{count:,} labels in row group {group} of {name} are null: {remedy}"
+    return RecipeError(f"{count:,} labels in row group {group} of {name} are null: {remedy}")
 
 
 def _check_columns(name: str, schema: pa.Schema, data: Data) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.data.content import row_group_hash
-from lars.data.footers import Footer, check_label_range, has_dictionary, missing_labels, parse_footer, span_of
+from lars.data.footers import Footer, check_label_range, check_no_null, has_dictionary, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.source import DataError, Source
 from lars.recipe.keys import Data
@@ -230,8 +230,7 @@ class Reader:
         if not self.content.see(group, digest):
             remedy = "put the file back, or give this run its own run_dir=..."
             raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
-        if labels.null_count:
-            raise RecipeError(missing_labels(name, number, labels.null_count))
+        check_no_null(labels, name, number)
         labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, in every reader
         check_label_range(labels.min(), labels.max(), self.num_classes, name)
         parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
