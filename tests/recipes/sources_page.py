@@ -8,6 +8,7 @@ reason there.
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import mlperf_logging
 import yaml
 
 from lars.recipe import config
+from lars.recipe.keys import fixing
 from lars.recipe.model_file import import_model_file
 
 ROOT = Path(__file__).parents[2]
@@ -47,20 +49,31 @@ class Said(NamedTuple):
     value: Any = None
 
 
+@cache
+def written() -> dict[str, Any]:
+    """recipes/sources.yaml."""
+    return yaml.safe_load(FILE.read_text())
+
+
+@cache
+def keys_of(recipe: str) -> dict[str, Any]:
+    """Every key of a recipe, flat."""
+    return config.flatten(config.load(ROOT / f"recipes/{recipe}.yaml", []))
+
+
 def said_by_sources() -> dict[str, dict[str, Said]]:
     """{recipe: {key: what is said of it}}."""
-    written = yaml.safe_load(FILE.read_text())
     found = {
         recipe: {
             key: Said(str(one["said"]), f"{one['source']} ({one['line']})", one.get("value"))
             for key, one in keys.items()
         }
-        for recipe, keys in written["recipes"].items()
+        for recipe, keys in written()["recipes"].items()
     }
     points = json.loads((Path(mlperf_logging.__file__).parent / POINTS).read_text())
     for recipe, keys in found.items():
         if recipe.startswith("resnet50/mlperf-"):
-            batch = config.load(ROOT / f"recipes/{recipe}.yaml", []).global_batch
+            batch = keys_of(recipe)["global_batch"]
             numbers = points[f"resnet_ref_{batch}"]["Hyperparams"]
             parsed = {key: Said(f"{numbers[name]:g}", POINTS, numbers[name]) for key, name in MLPERF.items()}
             found[recipe] = {"global_batch": Said(f"{batch:,}", POINTS, batch), **parsed, **keys}
@@ -77,12 +90,10 @@ def same(said: Any, ours: Any) -> bool:
 
 def differences() -> dict[tuple[str, str], str]:
     """{(recipe, key): its reason, or ""} of what we run otherwise than a source says."""
-    reasons = yaml.safe_load(FILE.read_text())["reasons"]
-    found = {}
+    reasons, found = written()["reasons"], {}
     for recipe, keys in said_by_sources().items():
-        ours = config.flatten(config.load(ROOT / f"recipes/{recipe}.yaml", []))
         for key, one in keys.items():
-            if key in ours and not same(one.value, ours[key]):
+            if key in keys_of(recipe) and not same(one.value, keys_of(recipe)[key]):
                 texts = [r["why"] for r in reasons if key in r["keys"] and any(map(recipe.startswith, r["recipes"]))]
                 found[recipe, key] = texts[0] if texts else ""
     return found
@@ -90,15 +101,14 @@ def differences() -> dict[tuple[str, str], str]:
 
 def page() -> str:
     """The text of docs/sources.md."""
-    files, lines = yaml.safe_load(FILE.read_text())["sources"], [HEAD.format(version=version("mlperf-logging"))]
+    files, lines = written()["sources"], [HEAD.format(version=version("mlperf-logging"))]
     different = differences()
     for recipe, keys in said_by_sources().items():
-        ours = config.flatten(config.load(ROOT / f"recipes/{recipe}.yaml", []))
         lines += [f"\n## {recipe}\n", "| key | source | ours | reason | read in |", "| --- | --- | --- | --- | --- |"]
         for key, one in keys.items():
-            value = f"{ours[key]}" if key in ours else ""
-            lines.append(f"| {key} | {one.said} | {value} | {different.get((recipe, key), '')} | {one.where} |")
-        silent = [key for key in config.trajectory(config.load(ROOT / f"recipes/{recipe}.yaml", [])) if key not in keys]
+            value, reason = keys_of(recipe).get(key, ""), different.get((recipe, key), "")
+            lines.append(f"| {key} | {one.said} | {value} | {reason} | {one.where} |")
+        silent = [key for key in fixing(keys_of(recipe)) if key not in keys]
         lines.append(f"\nIts source says nothing of {', '.join(f'`{key}`' for key in silent)}.")
     lines.append("\n## Files\n\n| name | repository | file | commit |\n| --- | --- | --- | --- |")
     lines += [f"| {n} | {f['repository']} | {f['file']} | {f['commit'][:12]} |" for n, f in files.items()]
