@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import design
-from design import FIXED, METHODS, RESULTS, TARGET
+from design import FIXED, METHODS, RESULTS, TARGET, Setting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -87,15 +87,22 @@ def final_loss(label: str) -> float:
     return min(math.log(10), statistics.mean(losses[-max(1, len(losses) // 10) :]))
 
 
+def better_loss(method: str, batch: int) -> dict[Setting, float]:
+    """At each rate the one of its two settings that ended with the lower loss; none where one of them was not run."""
+    found: dict[int, list[Setting]] = {}
+    for setting in design.settings(FIXED, method, batch):
+        found.setdefault(setting.k, []).append(setting)
+    losses = {each: final_loss(each.label) for both in found.values() for each in both}
+    whole = [both for both in found.values() if not any(math.isnan(losses[each]) for each in both)]
+    return {(better := min(both, key=losses.get)): losses[better] for both in whole}
+
+
 def _stability(axis: Axes, batch: int) -> None:
     """All settings as points, a line through the better ones: it turns upwards where the method becomes unstable."""
     for method in METHODS:
-        losses: dict[int, list[float]] = {}
-        for setting in design.settings(FIXED, method, batch):
-            losses.setdefault(setting.k, []).append(final_loss(setting.label))
-        points = [(k, loss) for k, both in losses.items() for loss in both]
+        points = [(each.k, final_loss(each.label)) for each in design.settings(FIXED, method, batch)]
         axis.scatter(*zip(*points), s=8, color=_COLOUR[method], alpha=0.5)
-        best = {k: min(both) for k, both in losses.items() if not any(map(math.isnan, both))}
+        best = {setting.k: loss for setting, loss in better_loss(method, batch).items()}
         axis.plot(list(best), list(best.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
     axis.set_title(f"final training loss, batch {batch:,}", fontsize=10)
     first, last = FIXED["rates"][batch]

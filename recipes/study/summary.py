@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import design
 from design import FIXED, HERE, METHODS, RESULTS, TARGET
-from figure import TITLES, draw
+from figure import TITLES, better_loss, draw
 from scipy import stats
 
 from lars.commands.tables import markdown, replace_marked
@@ -108,6 +108,33 @@ def target_table() -> str:
     return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
 
 
+def scaling_table() -> str:
+    """By which factor the median steps to the target fall from a batch to the next, four times as large."""
+    rows = []
+    for batch, larger in pairwise(TARGET["rates"]):
+        cells = [f"{batch:,} to {larger:,}"]
+        for method in METHODS:
+            steps = [statistics.median(design.steps_to_target(method, each) or [math.inf]) for each in (batch, larger)]
+            cells.append("" if math.inf in steps else f"{steps[0] / steps[1]:.1f}")
+        rows.append(cells)
+    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+
+
+def stability_table() -> str:
+    """The effective rate of the lowest final training loss, and from which one on a method only guesses."""
+    rows = []
+    for batch in sorted(FIXED["rates"]):
+        cells = [f"{batch:,}"]
+        for method in METHODS:
+            losses = better_loss(method, batch)
+            learns = max((setting.k for setting, loss in losses.items() if loss < math.log(10)), default=-math.inf)
+            guesses = [setting.effective for setting in losses if setting.k > learns]
+            end = f"guesses from {guesses[0]:.3g}" if guesses else "learns at all"
+            cells.append(f"{min(losses, key=losses.get).effective:.3g}; {end}" if losses else "")
+        rows.append(cells)
+    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+
+
 def scaling() -> str:
     """The median steps to the target of every method at every batch; nothing before all of them were run."""
     found = {method: [design.steps_to_target(method, batch) for batch in TARGET["rates"]] for method in METHODS}
@@ -157,7 +184,9 @@ def pages() -> Iterator[tuple[Path, str]]:
     """The study's pages and the repository's, as they have to read."""
     text = replace_marked(README.read_text(), "progress", progress())
     text = replace_marked(text, "accuracy", accuracy_table())
-    yield README, replace_marked(text, "target", target_table())
+    text = replace_marked(text, "target", target_table())
+    text = replace_marked(text, "scaling", scaling_table())
+    yield README, replace_marked(text, "stability", stability_table())
     settings = HERE / "SETTINGS.md"
     text = replace_marked(settings.read_text(), "tuning", tuning_table())
     yield settings, replace_marked(text, "search", search_table())

@@ -274,10 +274,33 @@ def test_the_front_page_says_how_many_steps_each_batch_took(ledger: Path, monkey
     numbers = ", ".join(map(str, by_hand["sgd"][:3]))
     assert f"SGD {numbers}, never; Nesterov " in summary.scaling()
     assert f"; LARS {', '.join(map(str, by_hand['lars']))}; LAMB " in summary.scaling()
+    assert summary.scaling_table().splitlines()[2:] == [
+        "| 256 to 1,024 | 4.0 | 4.0 | 4.0 | 4.0 |",
+        "| 1,024 to 4,096 | 4.0 | 4.0 | 4.0 | 4.0 |",
+        "| 4,096 to 16,384 |  | 4.0 | 4.0 | 4.0 |",
+    ]
     table = [line.split(" | ") for line in summary.search_table().splitlines()]
     bold = [line for line in table if "**" in line[-1]]
     assert len(table) == 2 + sum(2 * (k[1] - k[0] + 1) for k in TARGET["rates"].values()) * len(METHODS)
     assert len(bold) == len(METHODS) * len(TARGET["rates"]) - 1  # none for SGD at 16,384
+
+
+def test_where_a_method_becomes_unstable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, of losses by rate: momentum 0.7 is worse by 0.1, one that guesses too early is not the edge."""
+
+    def loss(label: str) -> float:
+        method, batch, k, momentum, _ = label.split("-")
+        by_rate = {"sgd": [1.9, 1.5, 1.6, 1.7, 1.8, 1.9], "lars": [1.9, 9, 1.6, 1.7, 9, 9], "lamb": [9] * 6}
+        if (method, batch) == ("nesterov", "b256") and int(k[1:]) == 2:
+            return math.nan  # one that was not run
+        losses = by_rate.get(method, [1.0, 1.1, 0.5, 1.3, 1.4, 1.5])
+        return min(math.log(10), [*losses, 9][int(k[1:])] + 0.1 * (momentum == "m0.7"))
+
+    monkeypatch.setattr(figure, "final_loss", loss)
+    row = summary.stability_table().splitlines()[2]
+    assert (
+        row == "| 256 | 1; learns at all | 0.5; learns at all | 50; guesses from 200 | 0.00125; guesses from 0.00125 |"
+    )
 
 
 def test_holm_by_hand() -> None:
