@@ -220,6 +220,8 @@ def test_a_launch_that_ends_with_an_error_is_never_a_pass(
     run = run_with(tmp_path / "run", status="finished", top1=(low + high) / 2)
     refused = lambda *args, **kwargs: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])  # noqa: E731
     monkeypatch.setattr("lars.commands.reproduce.start", refused)
+    checked = subprocess.CompletedProcess([], 0)  # test_engines.py has the real check
+    monkeypatch.setattr("lars.commands.reproduce.subprocess.run", lambda *args, **kwargs: checked)
     monkeypatch.setattr("sys.argv", ["reproduce", "recipes/demo/resnet50.yaml", f"run_dir={run}"])
     (run / "sources.json").write_text(json.dumps(sources(DEMO / "resnet50.yaml")))
     assert reproduce_main() == 1

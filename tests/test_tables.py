@@ -67,7 +67,7 @@ def test_help_writes_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.
 
 
 EVERY = [r.name for model in ("alexnet", "resnet50") for r in recipes_of(ROOT / "recipes" / model)]
-QUICK = ("resnet50/mlperf-b8k",)
+QUICK = ("alexnet/sgd-b256-100ep",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in EVERY])

@@ -37,7 +37,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @committed_here
-@pytest.mark.parametrize(("launcher", "processes"), [("bare", 1), ("torchrun", 2), ("one rank a node", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [("bare", 1), pytest.param("torchrun", 2, marks=pytest.mark.long), ("one rank a node", 2)],
+)
 def test_a_launcher_gives_the_committed_hash(launcher: str, processes: int, data: Path, tmp_path: Path) -> None:
     """Without OMP_NUM_THREADS: torchrun sets it to 1, `srun` does not, and accelerate then takes all cores."""
     result = cells.launch(launcher, processes, cells.FEW, data, tmp_path / "run")
