@@ -142,8 +142,8 @@ def scaling() -> str:
         return ""
     batches = ", ".join(f"{batch:,}" for batch in TARGET["rates"])
     of_method = {method: ", ".join(_steps(statistics.median(steps)) for steps in found[method]) for method in METHODS}
-    head = f"Median steps to {TARGET['top1']:g} % of held-back images, batch {batches} (perfect: a quarter each time):"
-    return f"{head}\n{'; '.join(f'{TITLES[method]} {steps}' for method, steps in of_method.items())}."
+    head = f"Median steps to {TARGET['top1']:g} % at batch {batches} (perfect: a quarter each time)"
+    return f"{head}: {'; '.join(f'{TITLES[method]} {steps}' for method, steps in of_method.items())}."
 
 
 def tuning_table() -> str:
