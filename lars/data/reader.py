@@ -15,12 +15,12 @@ from functools import lru_cache
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.data.content import row_group_hash
-from lars.data.footers import Footer, check_label_range, check_no_null, has_dictionary, parse_footer, span_of
+from lars.data.footers import Footer, check_label_range, check_no_null, parse_footer, span_of
 from lars.data.index import Index
+from lars.data.row_group import DAMAGED, parse
 from lars.data.source import DataError, Source
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
@@ -197,54 +197,51 @@ class Reader:
         self, group: int, rows: np.ndarray | None = None
     ) -> tuple[list[bytes | None], np.ndarray, list[str | None]]:
         """The images of some rows, or of all with their names, and all labels, by one read of one range of bytes."""
-        file = int(self.index.file[group])
-        name, number = self.index.files[file], int(self.index.group_in_file[group])
+        file, place = int(self.index.file[group]), self.index.place(group)
+        name, number, state = self.index.files[file], int(self.index.group_in_file[group]), self.index.states[file]
         self._check_unchanged(file)
-        with self.opening:
-            if file not in self.footers:
-                self.footers[file] = parse_footer(name, self._footer(file))
-        metadata, declared = self.footers[file].row_group(number), (self.index.declared or {group: ""})[group]
+        footer = self._footer(file)
+        data, first, digest = self._fetch(group, footer.row_group(number))
+        try:
+            found = parse(data, first, int(state.split()[0]), footer, number, self.data, names=rows is None)
+        except DAMAGED as error:
+            raise DataError(f"{place} cannot be read, the file is damaged: {one_line(error)}") from None
+        if len(found.labels) != self.index.rows[group]:
+            rows_told = f"has {len(found.labels):,} rows, its footer says {self.index.rows[group]:,}"
+            raise DataError(f"{place} {rows_told}: the file is damaged")
+        if not self.content.see(group, digest):
+            remedy = "put the file back, or give this run its own run_dir=..."
+            raise DataError(f"{place} has other bytes than when it was read before: {remedy}")
+        check_no_null(found.labels, name, number)
+        labels = np.array(found.labels.to_pylist())  # to_numpy and pa.array import pandas, in every reader
+        check_label_range(labels.min(), labels.max(), self.num_classes, name)
+        return found.bytes_of(rows), labels, found.names
+
+    def _fetch(self, group: int, metadata: pq.RowGroupMetaData) -> tuple[bytes, int, bytes]:
+        """Bytes of a row group, where they begin in its file, and the hash of the columns that are looked at.
+
+        All its columns are fetched where a `content.json` declares their hash, which is checked.
+        """
+        file, declared = int(self.index.file[group]), (self.index.declared or {group: ""})[group]
         start, stop = map(int, self.index.spans[group])
         first, last = span_of(metadata) if declared else (start, stop)
-        data = self.source.read(name, first, last, self.index.states[file])
+        data = self.source.read(self.index.files[file], first, last, self.index.states[file])
         if declared and row_group_hash(data).hex() != declared:
             reason = "the file is damaged, or was replaced"
             raise DataError(f"{self.index.place(group)} is not what content.json beside it says: {reason}")
-        digest = row_group_hash(memoryview(data)[start - first : stop - first])
-        try:
-            part = pa.PythonFile(_Part(data, first, int(self.index.states[file].split()[0])), mode="r")
-            column = f"{self.data.image_column}.bytes"
-            how = {"read_dictionary": [column] * has_dictionary(metadata, column), "page_checksum_verification": True}
-            parquet = pq.ParquetFile(part, metadata=self.footers[file], **how)
-            names = [f"{self.data.image_column}.path"] * (rows is None)  # asked for an image that is bad
-            table = parquet.read_row_group(number, [column, *names, self.data.label_column], use_threads=False)
-            images = pa.chunked_array([chunk.field("bytes") for chunk in table[self.data.image_column].chunks])
-            labels = table[self.data.label_column]
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(
-                f"{self.index.place(group)} cannot be read, the file is damaged: {one_line(error)}"
-            ) from None
-        if len(labels) != self.index.rows[group]:
-            rows_told = f"has {len(labels):,} rows, its footer says {self.index.rows[group]:,}"
-            raise DataError(f"{self.index.place(group)} {rows_told}: the file is damaged")
-        if not self.content.see(group, digest):
-            remedy = "put the file back, or give this run its own run_dir=..."
-            raise DataError(f"{self.index.place(group)} has other bytes than when it was read before: {remedy}")
-        check_no_null(labels, name, number)
-        labels = np.array(labels.to_pylist())  # to_numpy and pa.array import pandas, in every reader
-        check_label_range(labels.min(), labels.max(), self.num_classes, name)
-        parts = [chunk for chunk in table[self.data.image_column].chunks if chunk.type.get_field_index("path") >= 0]
-        paths = [path for part in parts for path in part.field("path").to_pylist()] or [None] * len(labels)
-        return _bytes_of(images, rows), labels, paths
+        return data, first, row_group_hash(memoryview(data)[start - first : stop - first])
 
-    def _footer(self, file: int) -> bytes:
-        """The raw footer that the index was made from: of thousands of processes each reads those of its own files."""
+    def _footer(self, file: int) -> pq.FileMetaData:
+        """What the index was made from: of thousands of processes each reads the footers of its own files."""
         name, state, then = self.index.files[file], self.index.states[file], self.index.footers[file]
         size = int(state.split()[0])
-        raw = self.source.read(name, size - 8 - then.size, size - 8, state)
-        if Footer.of(raw) != then:
-            raise DataError(f"{name} has another footer than when the run began: put the file back")
-        return raw
+        with self.opening:
+            if file not in self.footers:
+                raw = self.source.read(name, size - 8 - then.size, size - 8, state)
+                if Footer.of(raw) != then:
+                    raise DataError(f"{name} has another footer than when the run began: put the file back")
+                self.footers[file] = parse_footer(name, raw)
+            return self.footers[file]
 
     def _check_unchanged(self, file: int) -> None:
         """A local file before each read; a remote one, which costs a request, before the first and now and then."""
@@ -255,40 +252,3 @@ class Reader:
             if now != then:
                 sizes = f"size and version {then} -> {now}"
                 raise DataError(f"{name} has changed since the run began ({sizes}): put it back")
-
-
-def _bytes_of(images: pa.ChunkedArray, rows: np.ndarray | None) -> list[bytes | None]:
-    """Some rows, or all; of a dictionary, so that an image which is there a thousand times takes its memory once."""
-    found: list[bytes | None] = []
-    if rows is not None and len(rows) < len(images):
-        images = images.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
-    if not pa.types.is_dictionary(images.type):
-        return images.to_pylist()
-    for chunk in images.chunks:
-        places = chunk.indices.to_pylist()
-        values = {place: chunk.dictionary[place].as_py() for place in set(places) - {None}}
-        found += map(values.get, places)
-    return found
-
-
-class _Part:
-    """The bytes [start, ...) of a file of `size` bytes, as a file for pyarrow, which asks for nothing else."""
-
-    def __init__(self, data: bytes, start: int, size: int) -> None:
-        self.data, self.start, self.length, self.position, self.closed = memoryview(data), start, size, 0, False
-
-    def read(self, count: int = -1) -> memoryview:
-        begin = self.position - self.start
-        part = self.data[begin : begin + count] if count >= 0 else self.data[begin:]
-        self.position += len(part)
-        return part
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        self.position = position + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def close(self) -> None:
-        self.closed = True
