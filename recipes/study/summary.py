@@ -129,7 +129,7 @@ def stability_table() -> str:
             losses = better_loss(method, batch)
             learns = max((setting.k for setting, loss in losses.items() if loss < math.log(10)), default=-math.inf)
             guesses = [setting.effective for setting in losses if setting.k > learns]
-            end = f"guesses from {guesses[0]:.3g}" if guesses else "learns at all"
+            end = f"guesses from {guesses[0]:.3g}" if guesses else "learns at every rate"
             cells.append(f"{min(losses, key=losses.get).effective:.3g}; {end}" if losses else "")
         rows.append(cells)
     return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)

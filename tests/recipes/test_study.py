@@ -297,10 +297,9 @@ def test_where_a_method_becomes_unstable(monkeypatch: pytest.MonkeyPatch) -> Non
         return min(math.log(10), [*losses, 9][int(k[1:])] + 0.1 * (momentum == "m0.7"))
 
     monkeypatch.setattr(figure, "final_loss", loss)
-    row = summary.stability_table().splitlines()[2]
-    assert (
-        row == "| 256 | 1; learns at all | 0.5; learns at all | 50; guesses from 200 | 0.00125; guesses from 0.00125 |"
-    )
+    cells = summary.stability_table().splitlines()[2].strip("| ").split(" | ")
+    assert cells[:3] == ["256", "1; learns at every rate", "0.5; learns at every rate"]
+    assert cells[3:] == ["50; guesses from 200", "0.00125; guesses from 0.00125"]
 
 
 def test_holm_by_hand() -> None:
