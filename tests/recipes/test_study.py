@@ -365,6 +365,14 @@ def test_the_pages_are_what_make_tables_would_write() -> None:
         assert file.read_text() == text, f"{file}: run make tables"
 
 
+def test_the_committed_ledger_lacks_no_run_of_the_design(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole study again, with training forbidden; and every point of its tables is there."""
+    monkeypatch.setattr(study, "train", lambda *call: pytest.fail(f"it would train {call}"))
+    study.study(ONE_CORE)
+    assert all(design.steps_to_target(method, batch) for method in METHODS for batch in TARGET["rates"])
+    assert len(summary.comparisons()) == 9 and summary.scaling()
+
+
 def test_every_committed_run_is_what_its_folder_says() -> None:
     """And a row of the page is computed without the study's code: the runs of "test" at a batch are of one setting."""
     page = (ROOT / "recipes/study/README.md").read_text()
