@@ -25,6 +25,7 @@ from lars.commands.verify import overrides_of, recipe_of
 from lars.data.augment import evaluation_image
 from lars.data.footers import check_no_null
 from lars.data.index import Index, resolve
+from lars.data.row_group import DAMAGED
 from lars.data.source import Source
 from lars.engine.average import parted
 from lars.engine.build import build_model
@@ -164,7 +165,7 @@ def first_rows(index: Index, data: Data) -> pa.Table:
     with Source(name, data.retry_seconds).files.open(name) as stream:
         try:
             rows = pq.ParquetFile(stream).read_row_group(group, columns=[data.image_column, data.label_column])
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGED as error:
             raise RecipeError(f"{index.place(place)} cannot be read: {one_line(error)}") from None
     check_no_null(rows[data.label_column], name, group)
     return pa.table({"bytes": pc.struct_field(rows[data.image_column], "bytes"), "label": rows[data.label_column]})

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lars.data.forked import from_a_child
-from lars.data.source import Source
+from lars.data.source import Source, size_in
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
 
@@ -41,7 +41,7 @@ class Footer(NamedTuple):
 
 def read_footer(source: Source, name: str, state: str) -> bytes:
     """The raw footer: it ends the file, and the last 8 bytes are its length and `PAR1`."""
-    size = int(state.split()[0])
+    size = size_in(state)
     tail = source.read(name, max(0, size - 8), size, state) if size else b""
     length = int.from_bytes(tail[:4], "little")
     if tail[4:] == b"PARE":
@@ -76,7 +76,7 @@ def describe(names: Sequence[str], footers: Sequence[bytes], states: Sequence[st
     def told() -> Iterator[list[Group]]:
         for name, raw, state in zip(names, footers, states):
             try:
-                yield _describe(name, raw, int(state.split()[0]), data)
+                yield _describe(name, raw, size_in(state), data)
             except RecipeError:
                 raise
             except Exception as error:  # whatever else pyarrow raises is about the file too

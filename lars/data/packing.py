@@ -31,7 +31,7 @@ from lars.data.footers import span_of
 from lars.data.forked import from_a_child
 from lars.data.index import resolve
 from lars.data.originals import Originals, Row
-from lars.data.source import DataError, Source
+from lars.data.source import DataError, Source, size_in
 from lars.exact.keyed import permutation
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError
@@ -94,7 +94,7 @@ def copies(out: Path, path: str, revision: str | None, splits: list[str]) -> tup
             name = base if base.startswith(split) else f"{split}/{base}"  # `datasets` knows a split by either
             version = hashlib.sha256(state.encode()).hexdigest()[:16]  # a part is of this state alone
             part = out / UNFINISHED / f"{split}.{base}.{version}.part"
-            jobs.append(Job(split, name, int(state.split()[0]), part, partial(_copy, part, file, state)))
+            jobs.append(Job(split, name, size_in(state), part, partial(_copy, part, file, state)))
             states[name] = state
     return jobs, {"files": sorted(states), "states": states}
 
@@ -134,7 +134,7 @@ def _pack(target: Path, rows: list[Row], classes: list[str], shrink: Shrink) -> 
 
 def _copy(part: Path, original: str, state: str, shrink: Shrink) -> Finished:
     """Copy a Parquet file by way of `part`, a beginning of it whenever a kill comes; re-encode it if asked."""
-    source, size = Source(original, Data.retry_seconds), int(state.split()[0])
+    source, size = Source(original, Data.retry_seconds), size_in(state)
     with open(part, "ab") as file:
         _advance(file.tell())
         while file.tell() < size:

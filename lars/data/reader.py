@@ -21,7 +21,7 @@ from lars.data.content import row_group_hash
 from lars.data.footers import Footer, check_label_range, check_no_null, parse_footer, span_of
 from lars.data.index import Index
 from lars.data.row_group import DAMAGED, parse
-from lars.data.source import DataError, Source
+from lars.data.source import DataError, Source, size_in
 from lars.recipe.keys import Data
 from lars.recipe.refusal import RecipeError, one_line
 
@@ -203,7 +203,7 @@ class Reader:
         footer = self._footer(file)
         data, first, digest = self._fetch(group, footer.row_group(number))
         try:
-            found = parse(data, first, int(state.split()[0]), footer, number, self.data, names=rows is None)
+            found = parse(data, first, size_in(state), footer, number, self.data, names=rows is None)
         except DAMAGED as error:
             raise DataError(f"{place} cannot be read, the file is damaged: {one_line(error)}") from None
         if len(found.labels) != self.index.rows[group]:
@@ -234,7 +234,7 @@ class Reader:
     def _footer(self, file: int) -> pq.FileMetaData:
         """What the index was made from: of thousands of processes each reads the footers of its own files."""
         name, state, then = self.index.files[file], self.index.states[file], self.index.footers[file]
-        size = int(state.split()[0])
+        size = size_in(state)
         with self.opening:
             if file not in self.footers:
                 raw = self.source.read(name, size - 8 - then.size, size - 8, state)

@@ -29,6 +29,11 @@ _OURS = {"range", "if-match", "accept", "accept-encoding", "user-agent"}  # head
 _FIRST_WAIT, _LONGEST_WAIT, _BETWEEN_WARNINGS = 0.5, 30.0, 10.0  # seconds
 
 
+def size_in(state: str) -> int:
+    """Bytes of a file, from its `Source.state`."""
+    return int(state.split()[0])
+
+
 class DataError(RuntimeError):
     """The data cannot be read any more, or are not those the run began with. What was trained so far is saved."""
 
