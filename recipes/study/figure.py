@@ -87,22 +87,27 @@ def final_loss(label: str) -> float:
     return min(math.log(10), statistics.mean(losses[-max(1, len(losses) // 10) :]))
 
 
-def better_loss(method: str, batch: int) -> dict[Setting, float]:
+def final_losses(method: str, batch: int) -> dict[Setting, float]:
+    """Of every setting that is tried, nan where it was not run."""
+    return {setting: final_loss(setting.label) for setting in design.settings(FIXED, method, batch)}
+
+
+def better(losses: dict[Setting, float]) -> dict[Setting, float]:
     """At each rate the one of its two settings that ended with the lower loss; none where one of them was not run."""
     found: dict[int, list[Setting]] = {}
-    for setting in design.settings(FIXED, method, batch):
+    for setting in losses:
         found.setdefault(setting.k, []).append(setting)
-    losses = {each: final_loss(each.label) for both in found.values() for each in both}
     whole = [both for both in found.values() if not any(math.isnan(losses[each]) for each in both)]
-    return {(better := min(both, key=losses.get)): losses[better] for both in whole}
+    return {(best := min(both, key=losses.get)): losses[best] for both in whole}
 
 
 def _stability(axis: Axes, batch: int) -> None:
     """All settings as points, a line through the better ones: it turns upwards where the method becomes unstable."""
     for method in METHODS:
-        points = [(each.k, final_loss(each.label)) for each in design.settings(FIXED, method, batch)]
+        losses = final_losses(method, batch)
+        points = [(setting.k, loss) for setting, loss in losses.items()]
         axis.scatter(*zip(*points), s=8, color=_COLOUR[method], alpha=0.5)
-        best = {setting.k: loss for setting, loss in better_loss(method, batch).items()}
+        best = {setting.k: loss for setting, loss in better(losses).items()}
         axis.plot(list(best), list(best.values()), marker="o", color=_COLOUR[method], label=TITLES[method])
     axis.set_title(f"final training loss, batch {batch:,}", fontsize=10)
     first, last = FIXED["rates"][batch]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import design
 from design import FIXED, HERE, METHODS, RESULTS, TARGET
-from figure import TITLES, better_loss, draw
+from figure import TITLES, better, draw, final_losses
 from scipy import stats
 
 from lars.commands.tables import markdown, replace_marked
@@ -95,6 +95,10 @@ def _steps(count: float) -> str:
     return "never" if math.isinf(count) else f"{count:.0f}"
 
 
+def _by_method(rows: list[list[str]]) -> str:
+    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+
+
 def target_table() -> str:
     """Steps to the target of every method at every batch: the median seed, the fewest and the most."""
     rows = []
@@ -105,19 +109,24 @@ def target_table() -> str:
             said = [_steps(step) for step in steps]
             cells.append(f"{said[len(said) // 2]} ({said[0]} to {said[-1]})" if said else "")
         rows.append(cells)
-    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+    return _by_method(rows)
+
+
+def _medians(method: str) -> list[float | None]:
+    """Steps of the median seed at every batch; None where a run is missing."""
+    found = [design.steps_to_target(method, batch) for batch in TARGET["rates"]]
+    return [statistics.median(steps) if steps else None for steps in found]
 
 
 def scaling_table() -> str:
     """By which factor the median steps to the target fall from a batch to the next, four times as large."""
-    rows = []
-    for batch, larger in pairwise(TARGET["rates"]):
-        cells = [f"{batch:,} to {larger:,}"]
-        for method in METHODS:
-            steps = [statistics.median(design.steps_to_target(method, each) or [math.inf]) for each in (batch, larger)]
-            cells.append("" if math.inf in steps else f"{steps[0] / steps[1]:.1f}")
-        rows.append(cells)
-    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+    pairs = [f"{batch:,} to {larger:,}" for batch, larger in pairwise(TARGET["rates"])]
+    columns = [[_factor(*both) for both in pairwise(_medians(method))] for method in METHODS]
+    return _by_method([list(row) for row in zip(pairs, *columns)])
+
+
+def _factor(before: float | None, after: float | None) -> str:
+    return "" if None in (before, after) or math.inf in (before, after) else f"{before / after:.1f}"
 
 
 def stability_table() -> str:
@@ -126,24 +135,23 @@ def stability_table() -> str:
     for batch in sorted(FIXED["rates"]):
         cells = [f"{batch:,}"]
         for method in METHODS:
-            losses = better_loss(method, batch)
+            losses = better(final_losses(method, batch))
             learns = max((setting.k for setting, loss in losses.items() if loss < math.log(10)), default=-math.inf)
-            guesses = [setting.effective for setting in losses if setting.k > learns]
-            end = f"guesses from {guesses[0]:.3g}" if guesses else "learns at every rate"
-            cells.append(f"{min(losses, key=losses.get).effective:.3g}; {end}" if losses else "")
+            guesses = [f"{setting.effective:.3g}" for setting in losses if setting.k > learns]
+            cells.append(f"{min(losses, key=losses.get).effective:.3g}; {[*guesses, 'none'][0]}" if losses else "")
         rows.append(cells)
-    return markdown(["batch", *(TITLES[method] for method in METHODS)], rows)
+    return _by_method(rows)
 
 
 def scaling() -> str:
     """The median steps to the target of every method at every batch; nothing before all of them were run."""
-    found = {method: [design.steps_to_target(method, batch) for batch in TARGET["rates"]] for method in METHODS}
-    if not all(steps for each in found.values() for steps in each):
+    found = {method: _medians(method) for method in METHODS}
+    if any(None in medians for medians in found.values()):
         return ""
     batches = ", ".join(f"{batch:,}" for batch in TARGET["rates"])
-    of_method = {method: ", ".join(_steps(statistics.median(steps)) for steps in found[method]) for method in METHODS}
     head = f"Median steps to {TARGET['top1']:g} % at batch {batches} (perfect: a quarter each time)"
-    return f"{head}: {'; '.join(f'{TITLES[method]} {steps}' for method, steps in of_method.items())}."
+    of_method = [f"{TITLES[method]} {', '.join(map(_steps, medians))}" for method, medians in found.items()]
+    return f"{head}: {'; '.join(of_method)}."
 
 
 def tuning_table() -> str:

@@ -884,16 +884,22 @@ def test_a_complete_older_conversion_gets_its_hashes(folder: Path, out: Path) ->
     assert (out / "content.json").read_bytes() == hashes and content(out) == files
 
 
+def without_originals(out: Path) -> dict[str, dict]:
+    """The files of a conversion, made as it was before what they are made of was recorded."""
+    hashes = json.loads((out / "content.json").read_text())
+    for entry in hashes["files"].values():
+        del entry["originals"]
+    (out / "content.json").write_text(json.dumps(hashes))
+    return hashes["files"]
+
+
 @promised(
     "lars convert: conversions of before",
     ("a conversion of images whose times were not recorded", "stays valid, and changes are noticed from then on"),
 )
 def test_a_conversion_without_times_gets_them(folder: Path, out: Path, capsys) -> None:
     assert main([str(folder), str(out)]) == 0
-    hashes = json.loads((out / "content.json").read_text())
-    for entry in hashes["files"].values():
-        del entry["originals"]
-    (out / "content.json").write_text(json.dumps(hashes))
+    without_originals(out)
     files = content(out)
     assert main([str(folder), str(out)]) == 0 and content(out) == files
     assert "images have other times than were recorded, and are read and compared once" in capsys.readouterr().out
@@ -906,11 +912,8 @@ def test_a_conversion_without_times_gets_them(folder: Path, out: Path, capsys) -
 def test_a_comparison_that_was_stopped_goes_on(folder: Path, out: Path, monkeypatch) -> None:
     """Reading all images of a large folder takes hours: what was compared is not read again."""
     assert main([str(folder), str(out)]) == 0
-    hashes = json.loads((out / "content.json").read_text())
-    for entry in hashes["files"].values():
-        del entry["originals"]
-    (out / "content.json").write_text(json.dumps(hashes))
-    read, last = Row.read, sorted(hashes["files"])[-1].partition("-")[0]
+    names = sorted(without_originals(out))
+    read, last = Row.read, names[-1].partition("-")[0]
 
     def stopped(row: Row) -> bytes:
         if Path(row.place).parents[1].name.startswith(last[:3]):
@@ -921,7 +924,7 @@ def test_a_comparison_that_was_stopped_goes_on(folder: Path, out: Path, monkeypa
     with suppress(KeyboardInterrupt):
         main([str(folder), str(out)])
     entries = json.loads((out / "content.json").read_text())["files"]
-    assert ["originals" in entries[name] for name in sorted(entries)] == [True] * (len(entries) - 1) + [False]
+    assert ["originals" in entries[name] for name in names] == [True] * (len(names) - 1) + [False]
 
 
 @promised(
